@@ -1,0 +1,272 @@
+"""The typed configuration: every key, its default, its meaning and its limits.
+
+`conf/<group>/<choice>.yaml` sets values of these; the command line overrides them. Unknown keys are refused by the
+structured schema, values by the limits beside each field (`conf/validate.py`). Loads neither ray, torch nor vllm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+def knob(
+    default: Any,
+    meaning: str,
+    *,
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """A dataclass field with its meaning and limits: `low` and `high` are allowed values, `above` is not."""
+    limits = {"meaning": meaning, "choices": choices, "low": low, "above": above, "high": high}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=limits)
+    return field(default=default, metadata=limits)
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    """Which published method this is. Choosing one sets the groups below."""
+
+    name: str = knob(MISSING, "short name, part of the run folder's name")
+    title: str = knob(MISSING, "one line for people")
+    source: str = knob(MISSING, "the paper or report it follows")
+
+
+@dataclass(frozen=True)
+class TinyConfig:
+    """The model that is made and warm-started here when no other is given."""
+
+    hidden_size: int = knob(128, "width", low=16)
+    intermediate_size: int = knob(352, "width of the MLP", low=16)
+    num_layers: int = knob(4, "decoder layers", low=1)
+    num_heads: int = knob(4, "attention heads", low=1)
+    demonstrations: int = knob(4000, "worked solutions it is warm-started on", low=64)
+    batch_size: int = knob(32, "demonstrations in one warm-start step", low=1)
+    lr: float = knob(2e-3, "warm-start peak learning rate", above=0)
+    target_accuracy: float = knob(0.28, "sampled accuracy on tuning problems at which warm start stops", low=0, high=1)
+    max_steps: int = knob(400, "give up after so many warm-start steps", low=1)
+    seed: int = knob("${seed}", "seed of its weights and demonstrations")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy. On the command line `model=<folder or hub id>` is short for `model=hf model.path=...`."""
+
+    kind: str = knob("tiny", "made here, or a Hugging Face model", choices=("tiny", "hf"))
+    path: str | None = knob(None, "folder or hub id of a causal language model (kind=hf)")
+    dtype: str = knob("float32", "weights of generators and the learner's forward", choices=("float32", "bfloat16"))
+    max_length: int = knob(128, "context in tokens: prompt and completion together", low=8)
+    tiny: TinyConfig = field(default_factory=TinyConfig)
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """Where prompts and reference answers come from."""
+
+    kind: str = knob("addition", "generated column addition, or files", choices=("addition", "prompts", "gsm8k"))
+    digits: int = knob(4, "digits of each summand (kind=addition)", low=1, high=9)
+    path: str | None = knob(None, "training prompts, .jsonl or .parquet (kind=prompts or gsm8k)")
+    test_path: str | None = knob(None, "held-out prompts; None: `test_fraction` of `path` is held out")
+    test_fraction: float = knob(0.05, "share of `path` held out when `test_path` is None", low=0, high=0.9)
+    prompt_field: str = knob("prompt", "field with a text or a list of chat messages ({role, content})")
+    answer_field: str | None = knob(None, "field with the reference answer; None: there is none")
+    id_field: str | None = knob(None, "field with a unique id; None: the line number")
+    template: str = knob(
+        "auto",
+        "chat: the tokenizer's chat template; text: as it stands; auto: chat where the tokenizer has one",
+        choices=("auto", "chat", "text"),
+    )
+    system_prompt: str | None = knob(None, "put before chats that have no system message")
+    on_too_long: str = knob("error", "prompts that leave no room for `generator.max_tokens`", choices=("error", "drop"))
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """The pool of actors that sample completions."""
+
+    kind: str = knob("vllm", "engine inside each actor", choices=("vllm", "transformers"))
+    num_actors: int = knob(2, "engines, each with its own copy of the weights", low=1)
+    cpus_per_actor: float = knob(1, "CPU cores of one engine", above=0)
+    gpus_per_actor: float = knob(0, "GPUs of one engine", low=0)
+    tensor_parallel_size: int = knob(1, "GPUs that share one copy of the weights", low=1)
+    max_num_seqs: int = knob(256, "requests one engine decodes together", low=1)
+    kv_cache_mb: int = knob(128, "KV cache of one engine on a CPU, MiB", low=8)
+    gpu_memory_utilization: float = knob(0.9, "share of a GPU one engine may fill", above=0, high=1)
+    samples_per_prompt: int = knob(8, "K: completions of each prompt", low=2)
+    temperature: float = knob(1.0, "sampling temperature", above=0)
+    top_p: float = knob(1.0, "nucleus", above=0, high=1)
+    max_tokens: int = knob(64, "longest completion, tokens", low=1)
+    stop: list[str] = knob([], "strings that end a completion")  # noqa: RUF009
+    restarts: int = knob(3, "actor deaths the pool mends before it gives up", low=0)
+    start_deadline_s: float = knob(300, "an actor must be ready after so long", above=0)
+    deadline_s: float = knob(600, "one wave of requests must be done after so long", above=0)
+
+
+@dataclass(frozen=True)
+class ScorerConfig:
+    """Who judges completions."""
+
+    kind: str = knob("verifier", "a rule with a reference answer", choices=("verifier",))
+    verifier: str = knob(
+        "final_answer",
+        "final_answer: text after the last marker; exact: the whole text; math: mathematical equality; "
+        "function: your own",
+        choices=("final_answer", "exact", "math", "function"),
+    )
+    marker: str = knob("#", "what the final answer follows (verifier=final_answer)")
+    function: str | None = knob(None, "module.name of `f(prompt, completion, answer) -> float | None`")
+    num_actors: int = knob(1, "scorer actors", low=1)
+    cpus_per_actor: float = knob(0.1, "CPU cores of one scorer", low=0)
+    restarts: int = knob(3, "actor deaths the pool mends before it gives up", low=0)
+    start_deadline_s: float = knob(300, "an actor must be ready after so long", above=0)
+    deadline_s: float = knob(120, "one wave of completions must be scored after so long", above=0)
+
+
+@dataclass(frozen=True)
+class PairingConfig:
+    """Which comparisons are made of a scored group."""
+
+    policy: str = knob(
+        "best_worst",
+        "best_worst: highest against lowest score, then the next ones inwards; all: every pair that differs",
+        choices=("best_worst", "all"),
+    )
+    max_pairs: int = knob(1, "pairs of one prompt at most", low=1)
+    min_margin: float = knob(0.0, "pairs whose scores differ by no more than this are ties and dropped", low=0)
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """Which pairs are kept. Reasons of those dropped are counted in the metrics."""
+
+    drop_truncated_chosen: bool = knob(True, "drop pairs whose chosen completion ran out of tokens")
+    drop_identical: bool = knob(True, "drop pairs whose two completions have the same tokens")
+    max_length_ratio: float | None = knob(None, "drop pairs whose longer side exceeds this times the other", above=1)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The preference objective."""
+
+    name: str = knob("dpo", "preference term", choices=("dpo",))
+    beta: float = knob(0.1, "strength of the pull towards the reference", above=0)
+    label_smoothing: float = knob(0.0, "probability that a label is wrong (cDPO)", low=0, high=0.5)
+    sft_weight: float = knob(0.0, "weight of the token-mean negative log-likelihood of chosen (RPO)", low=0)
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """The policy the loss is anchored to."""
+
+    kind: str = knob(
+        "previous",
+        "previous: the policy at the start of the iteration; initial: the model given; ema: a running average",
+        choices=("previous", "initial", "ema"),
+    )
+    ema_decay: float = knob(0.9, "share of the old average kept at each iteration (kind=ema)", low=0, high=1)
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """The update."""
+
+    cpus: float = knob(1, "CPU cores", above=0)
+    gpus: float = knob(0, "GPUs", low=0)
+    num_threads: int = knob(2, "threads of its matrix products on a CPU", low=1)
+    lr: float = knob(5e-7, "peak learning rate (AdamW)", above=0)
+    adam_beta1: float = knob(0.9, "AdamW", low=0, high=0.999999)
+    adam_beta2: float = knob(0.999, "AdamW", low=0, high=0.999999)
+    weight_decay: float = knob(0.0, "AdamW", low=0)
+    reset_optimizer: bool = knob(
+        False, "forget Adam's moments at each iteration, as methods do whose iterations are separate training runs"
+    )
+    schedule: str = knob("constant", "after warm-up, within one iteration", choices=("constant", "linear", "cosine"))
+    warmup_steps: int = knob(0, "optimizer steps of linear warm-up in each iteration", low=0)
+    max_grad_norm: float = knob(1.0, "gradient clipping", above=0)
+    batch_pairs: int = knob(128, "pairs in one optimizer step (the global batch)", low=1)
+    epochs: int = knob(1, "passes over an iteration's pairs", low=1)
+    micro_batch_tokens: int = knob(8192, "tokens in one forward pass; more pairs are accumulated", low=16)
+    vocab_chunk: int = knob(4096, "columns of the vocabulary whose logits are held at once", low=1)
+    activation_checkpointing: bool = knob(False, "recompute layers in the backward pass instead of storing them")
+    start_deadline_s: float = knob(300, "the learner must be ready after so long", above=0)
+    step_deadline_s: float = knob(600, "one optimizer step must be done after so long", above=0)
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """The loop."""
+
+    mode: str = knob("sync", "sync: strictly on-policy and deterministic", choices=("sync",))
+    iterations: int = knob(3, "collect, train, publish, evaluate, promote: so many times", low=1)
+    prompts_per_iteration: int = knob(128, "prompts of one iteration", low=1)
+    queue_capacity: int = knob(4, "batches the queue holds before producers wait", low=1)
+    keep_checkpoints: int = knob(2, "newest checkpoints kept", low=1)
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Where actors run."""
+
+    address: str | None = knob(None, "Ray address; None: a Ray of this run's own on this machine")
+    num_cpus: int | None = knob(None, "logical CPUs of this run's own Ray; None: all, at least what the plan needs")
+    weight_transport: str = knob(
+        "object_store",
+        "how published weights travel: Ray objects; NCCL broadcast; CUDA IPC on one GPU",
+        choices=("object_store", "nccl", "ipc"),
+    )
+    object_store_mb: int = knob(512, "object store of this run's own Ray, MiB", low=80)
+    publish_deadline_s: float = knob(300, "all generators must hold new weights after so long", above=0)
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """What is logged where. `metrics.jsonl` and the Parquet files are always written."""
+
+    wandb: str = knob(
+        "auto",
+        "auto: online with a key, else offline",
+        choices=("auto", "online", "offline", "disabled"),
+    )
+    project: str = knob("agon", "wandb project")
+    group: str | None = knob(None, "wandb group")
+    console: str = knob(
+        "auto", "auto: a live view on a terminal, else lines", choices=("auto", "live", "lines", "quiet")
+    )
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out problems, answered by the current policy; none of them ever tunes anything."""
+
+    problems: int = knob(256, "test problems after each iteration", low=1)
+    final_problems: int = knob(1024, "test problems before the first and after the last iteration", low=1)
+    every: int = knob(1, "iterations between evaluations", low=1)
+    temperature: float = knob(1.0, "of the sampled figure; the other one is greedy", above=0)
+    kl_prompts: int = knob(64, "completions on which KL to the initial model is estimated; 0: off", low=0)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    seed: int = knob(0, "seeds everything", low=0, high=2**31 - 1)
+    run_dir: str | None = knob(None, "run folder; None: runs/<date>-<recipe>-<seed>")
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    scorer: ScorerConfig = field(default_factory=ScorerConfig)
+    pairing: PairingConfig = field(default_factory=PairingConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

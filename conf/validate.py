@@ -1,0 +1,171 @@
+"""What the types cannot say: the limits beside each key of the schema, and which values go together."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from orchestrator.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from conf.schema import Config
+
+NEEDS_ANSWERS = ("final_answer", "exact", "math")
+"""Verifiers that compare with a reference answer."""
+
+
+class Problem(NamedTuple):
+    """A refused value: its dotted key, and a whole message that begins with the key."""
+
+    key: str
+    message: str
+
+
+def validate(config: Config) -> None:
+    """Refuses what is out of its limits or does not go together.
+
+    Raises:
+        ConfigError: every problem that was found, a line each.
+    """
+    if found := problems(config):
+        raise ConfigError("\n".join(problem.message for problem in found))
+
+
+def problems(config: Config) -> list[Problem]:
+    """Everything `validate` would refuse, in the order of its checks; one problem a key."""
+    found = [*_out_of_limits(config, ""), *_inputs(config), *_sampling(config), *_devices(config)]
+    return list({problem.key: problem for problem in reversed(found)}.values())[::-1]
+
+
+def _out_of_limits(section: Any, prefix: str) -> Iterator[Problem]:
+    for field in fields(section):
+        key, value = f"{prefix}{field.name}", getattr(section, field.name)
+        if is_dataclass(value):
+            yield from _out_of_limits(value, f"{key}.")
+        elif value is not None and (complaint := _complaint(value, field.metadata)):
+            yield Problem(key, f"{key}={value}: {complaint}")
+
+
+def _complaint(value: Any, limits: Mapping[str, Any]) -> str | None:
+    choices, low, above, high = (limits[name] for name in ("choices", "low", "above", "high"))
+    if choices and value not in choices:
+        near = get_close_matches(str(value), choices, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return f"{hint}choices: {', '.join(choices)}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "must be a finite number"
+    if low is not None and value < low:
+        return f"must be at least {low:g}"
+    if above is not None and value <= above:
+        return f"must be above {above:g}"
+    if high is not None and value > high:
+        return f"must be at most {high:g}"
+    return None
+
+
+def _inputs(config: Config) -> Iterator[Problem]:
+    """Model, task and scorer."""
+    model, task, scorer = config.model, config.task, config.scorer
+    if model.kind == "hf" and not model.path:
+        yield Problem("model.path", "model.path: model.kind=hf needs one: write model=<folder or hub id>")
+    if model.kind == "tiny":
+        if model.path:
+            yield Problem(
+                "model.path", f"model.path={model.path}: not read with model.kind=tiny: write model={model.path}"
+            )
+        width, heads = model.tiny.hidden_size, model.tiny.num_heads
+        if heads > 0 and (width % heads or width // heads % 2):
+            key = "model.tiny.hidden_size"
+            yield Problem(
+                key, f"{key}={width}: must be an even multiple of model.tiny.num_heads={heads} (rotary heads)"
+            )
+    if task.kind != "addition" and not task.path:
+        yield Problem("task.path", f"task.path: task.kind={task.kind} needs one: a .jsonl or .parquet file of prompts")
+    if task.kind == "addition" and task.path:
+        mend = "choose task=prompts to train on the file"
+        yield Problem("task.path", f"task.path={task.path}: not read with task.kind=addition: {mend}")
+    if task.kind != "addition" and task.test_path is None and task.test_fraction == 0:
+        message = "task.test_fraction=0: nothing would be held out: set it above 0, or set task.test_path"
+        yield Problem("task.test_fraction", message)
+    if task.kind == "prompts" and task.answer_field is None and scorer.verifier in NEEDS_ANSWERS:
+        message = (
+            f"scorer.verifier={scorer.verifier}: needs reference answers, but task.answer_field is null: set it to the"
+            " field that holds them, or judge without answers: scorer.verifier=function scorer.function=module.name"
+        )
+        yield Problem("scorer.verifier", message)
+    if scorer.verifier == "function" and not scorer.function:
+        yield Problem("scorer.function", "scorer.function: scorer.verifier=function needs one, as module.name")
+    if scorer.verifier != "function" and scorer.function:
+        message = (
+            f"scorer.function={scorer.function}: not called with scorer.verifier={scorer.verifier}: set it to function"
+        )
+        yield Problem("scorer.function", message)
+
+
+def _sampling(config: Config) -> Iterator[Problem]:
+    """Lengths, groups and pairs."""
+    generator, pairing = config.generator, config.pairing
+    if generator.max_tokens >= config.model.max_length:
+        message = (
+            f"generator.max_tokens={generator.max_tokens}: leaves no room for a prompt in"
+            f" model.max_length={config.model.max_length}: lower the one or raise the other"
+        )
+        yield Problem("generator.max_tokens", message)
+    if "" in generator.stop:
+        yield Problem("generator.stop", "generator.stop: holds an empty text, which every completion begins with")
+    solution = 10 * config.task.digits + 3  # nine characters and a line end a column, `#`, the sum
+    if config.task.kind == "addition" and generator.max_tokens < solution:
+        message = (
+            f"generator.max_tokens={generator.max_tokens}: a solution with task.digits={config.task.digits} has"
+            f" {solution} tokens with its end: raise it to that or more"
+        )
+        yield Problem("generator.max_tokens", message)
+    most = generator.samples_per_prompt // 2
+    if pairing.policy == "best_worst" and pairing.max_pairs > most >= 1:
+        message = (
+            f"pairing.max_pairs={pairing.max_pairs}: best_worst uses each completion once, so"
+            f" generator.samples_per_prompt={generator.samples_per_prompt} give at most {most}"
+        )
+        yield Problem("pairing.max_pairs", message)
+
+
+def _devices(config: Config) -> Iterator[Problem]:
+    """Cores, GPUs and how weights travel."""
+    generator, learner, cluster = config.generator, config.learner, config.cluster
+    shards = generator.tensor_parallel_size
+    if shards > 1 and (generator.kind != "vllm" or generator.gpus_per_actor != shards):
+        key = "generator.tensor_parallel_size"
+        yield Problem(key, f"{key}={shards}: needs generator.kind=vllm and generator.gpus_per_actor={shards}")
+    for key, gpus in (("generator.gpus_per_actor", generator.gpus_per_actor), ("learner.gpus", learner.gpus)):
+        if gpus > 1 and gpus != int(gpus):
+            yield Problem(key, f"{key}={gpus:g}: above 1, only whole GPUs can be reserved")
+    if cluster.weight_transport != "object_store" and not (generator.gpus_per_actor and learner.gpus):
+        message = (
+            f"cluster.weight_transport={cluster.weight_transport}: needs GPUs on both sides: set learner.gpus and"
+            " generator.gpus_per_actor, or cluster.weight_transport=object_store"
+        )
+        yield Problem("cluster.weight_transport", message)
+    needed = cpus_needed(config)
+    if cluster.num_cpus is not None and cluster.address is None and cluster.num_cpus < needed:
+        message = (
+            f"cluster.num_cpus={cluster.num_cpus}: the plan reserves {needed:g} (learner.cpus, generator.num_actors x"
+            " generator.cpus_per_actor, scorer.num_actors x scorer.cpus_per_actor): raise it, or set it to null"
+        )
+        yield Problem("cluster.num_cpus", message)
+    if cluster.num_cpus is not None and cluster.address is not None:
+        message = f"cluster.num_cpus={cluster.num_cpus}: a Ray at cluster.address brings its own: set one of the two"
+        yield Problem("cluster.num_cpus", message)
+
+
+def cpus_needed(config: Config) -> float:
+    """Logical CPUs that all actors reserve."""
+    generator, scorer = config.generator, config.scorer
+    return (
+        config.learner.cpus
+        + generator.num_actors * generator.cpus_per_actor
+        + scorer.num_actors * scorer.cpus_per_actor
+    )
