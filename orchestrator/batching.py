@@ -1,0 +1,220 @@
+"""Pairs to packed ragged columns and back to smaller ones: shuffle, pack, split. Pure numpy.
+
+    pairs --batches()--> global batches --pack()--> PreferenceBatch --split()--> micro-batches
+
+A prompt is packed once however many completions it has, and a completion once however many pairs it is part of, so
+that the learner computes neither twice. Pairs of one prompt therefore stay together wherever they can.
+
+Shapes: N tokens, G groups, S completions, C completion tokens, P pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from orchestrator.types import PreferenceBatch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from orchestrator.types import PreferencePair
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PackedSequences:
+    """Prompts with their completions as packed ragged columns: what `PreferenceBatch` holds of tokens, without pairs.
+
+    Example: the columns behind ``pack_sequences([((1, 5), (7, 2))])``.
+    """
+
+    tokens: NDArray[np.int32]
+    """[N] token ids."""
+    prompt_starts: NDArray[np.int64]
+    """[G] offset in `tokens`."""
+    prompt_lengths: NDArray[np.int32]
+    """[G] tokens, at least 1."""
+    completion_groups: NDArray[np.int32]
+    """[S] group of completion s; non-decreasing."""
+    completion_starts: NDArray[np.int64]
+    """[S] offset in `tokens`."""
+    completion_lengths: NDArray[np.int32]
+    """[S] tokens, at least 1."""
+
+
+def batches(pairs: Sequence[PreferencePair], *, batch_pairs: int, seed: int, epoch: int) -> list[list[PreferencePair]]:
+    """Shuffle pairs into global batches; the last one may be short.
+
+    Whole prompts are shuffled, so that pairs of one prompt are neighbours and share a batch unless its border falls
+    between them. The order depends on the pairs' order, `seed` and `epoch` alone.
+
+    Args:
+        pairs: the pairs of an iteration.
+        batch_pairs: pairs of one optimizer step, at least 1.
+        seed: the run's seed.
+        epoch: pass over the pairs, 0 for the first; each has an order of its own.
+    """
+    if batch_pairs < 1:
+        raise ValueError(f"batch_pairs is {batch_pairs}; it must be at least 1")
+    groups: dict[tuple[str, Tokens], list[PreferencePair]] = {}
+    for pair in pairs:
+        groups.setdefault((pair.prompt.id, pair.prompt.token_ids), []).append(pair)
+    blocks = list(groups.values())
+    order = np.random.default_rng([seed, epoch]).permutation(len(blocks))
+    shuffled = list(chain.from_iterable(blocks[index] for index in order))
+    return [shuffled[start : start + batch_pairs] for start in range(0, len(shuffled), batch_pairs)]
+
+
+def pack(pairs: Sequence[PreferencePair]) -> PreferenceBatch:
+    """Pack pairs into one batch, without reference log-probs. Groups come in the order their prompts first appear.
+
+    Args:
+        pairs: at least one, all of the same iteration and loss reference; their order is kept.
+
+    Raises:
+        ValueError: no pairs, an empty prompt or completion, or pairs of different iterations or references.
+    """
+    if not pairs:
+        raise ValueError("no pairs to pack")
+    first = pairs[0]
+    for pair in pairs:
+        if (pair.iteration, pair.reference) != (first.iteration, first.reference):
+            raise ValueError(
+                f"pairs of one batch must share iteration and reference: {first.id} has {first.iteration} and "
+                f"{first.reference}, {pair.id} has {pair.iteration} and {pair.reference}"
+            )
+    sequences = [
+        (pair.prompt.token_ids, completion.token_ids) for pair in pairs for completion in (pair.chosen, pair.rejected)
+    ]
+    columns, index = _columns(sequences)
+    return PreferenceBatch(
+        tokens=columns.tokens,
+        prompt_starts=columns.prompt_starts,
+        prompt_lengths=columns.prompt_lengths,
+        completion_groups=columns.completion_groups,
+        completion_starts=columns.completion_starts,
+        completion_lengths=columns.completion_lengths,
+        chosen=index[0::2],
+        rejected=index[1::2],
+        weights=np.array([pair.weight for pair in pairs], np.float32),
+        margins=np.array([pair.margin for pair in pairs], np.float32),
+        data_versions=np.array(
+            [min(pair.chosen.policy.number, pair.rejected.policy.number) for pair in pairs], np.int32
+        ),
+        reference_logprobs=None,
+        pair_ids=tuple(pair.id for pair in pairs),
+        reference=first.reference,
+        iteration=first.iteration,
+    )
+
+
+def pack_sequences(sequences: Sequence[tuple[Tokens, Tokens]]) -> tuple[PackedSequences, NDArray[np.int32]]:
+    """Pack (prompt, completion) sequences, each prompt and each completion of it once.
+
+    Returns:
+        The columns, and for each sequence the index of its completion among the S.
+
+    Raises:
+        ValueError: no sequences, or an empty prompt or completion.
+    """
+    if not sequences:
+        raise ValueError("no sequences to pack")
+    return _columns(sequences)
+
+
+def completion_keys(batch: PreferenceBatch) -> list[bytes]:
+    """[S] what identifies each completion in its context: its prompt's length, and the tokens of both."""
+    keys = []
+    for group, start, length in zip(
+        batch.completion_groups.tolist(),
+        batch.completion_starts.tolist(),
+        batch.completion_lengths.tolist(),
+        strict=True,
+    ):
+        begin, size = int(batch.prompt_starts[group]), int(batch.prompt_lengths[group])
+        parts = (batch.tokens[begin : begin + size], batch.tokens[start : start + length])
+        keys.append(size.to_bytes(4, "little") + b"".join(part.tobytes() for part in parts))
+    return keys
+
+
+def split(batch: PreferenceBatch, max_tokens: int) -> list[PreferenceBatch]:
+    """Cut a batch into micro-batches of whole prompt groups, none lost, in order.
+
+    Each holds at most `max_tokens` tokens, save that a group larger than that is one of its own. Reference log-probs
+    are cut along. Arrays of tokens are views of the batch's.
+    """
+    ends = [*batch.prompt_starts[1:].tolist(), batch.num_tokens]
+    cuts = [0]
+    for group, end in enumerate(ends):
+        if end - batch.prompt_starts[cuts[-1]] > max_tokens and group > cuts[-1]:
+            cuts.append(group)
+    if len(cuts) == 1:
+        return [batch]
+    return [_groups(batch, low, high) for low, high in zip(cuts, [*cuts[1:], len(ends)], strict=True)]
+
+
+def _columns(sequences: Sequence[tuple[Tokens, Tokens]]) -> tuple[PackedSequences, NDArray[np.int32]]:
+    groups: dict[Tokens, dict[Tokens, int]] = {}
+    for prompt, completion in sequences:
+        if not prompt or not completion:
+            raise ValueError(f"an empty {'completion' if prompt else 'prompt'} cannot be packed")
+        groups.setdefault(prompt, {}).setdefault(completion, 0)
+    number = 0
+    for completions in groups.values():
+        for completion in completions:
+            completions[completion] = number
+            number += 1
+    index = np.array([groups[prompt][completion] for prompt, completion in sequences], np.int32)
+    return _flatten(groups), index
+
+
+def _flatten(groups: Mapping[Tokens, Mapping[Tokens, int]]) -> PackedSequences:
+    segments = list(chain.from_iterable((prompt, *completions) for prompt, completions in groups.items()))
+    lengths = np.array([len(segment) for segment in segments], np.int64)
+    starts = np.cumsum(lengths) - lengths
+    sizes = np.array([len(completions) for completions in groups.values()], np.int64)
+    is_prompt = np.zeros(len(segments), bool)
+    is_prompt[np.cumsum(sizes + 1) - (sizes + 1)] = True
+    return PackedSequences(
+        tokens=np.fromiter(chain.from_iterable(segments), np.int32, int(lengths.sum())),
+        prompt_starts=starts[is_prompt],
+        prompt_lengths=lengths[is_prompt].astype(np.int32),
+        completion_groups=np.repeat(np.arange(len(sizes), dtype=np.int32), sizes),
+        completion_starts=starts[~is_prompt],
+        completion_lengths=lengths[~is_prompt].astype(np.int32),
+    )
+
+
+def _groups(batch: PreferenceBatch, low: int, high: int) -> PreferenceBatch:
+    """The groups low <= g < high of a batch, with their pairs."""
+    start = int(batch.prompt_starts[low])
+    end = int(batch.prompt_starts[high]) if high < len(batch.prompt_starts) else batch.num_tokens
+    first, last = np.searchsorted(batch.completion_groups, [low, high]).tolist()
+    kept = np.flatnonzero((batch.chosen >= first) & (batch.chosen < last))
+    reference = batch.reference_logprobs
+    if reference is not None:
+        offsets = np.concatenate([[0], np.cumsum(batch.completion_lengths, dtype=np.int64)])
+        reference = reference[offsets[first] : offsets[last]]
+    return replace(
+        batch,
+        tokens=batch.tokens[start:end],
+        prompt_starts=batch.prompt_starts[low:high] - start,
+        prompt_lengths=batch.prompt_lengths[low:high],
+        completion_groups=batch.completion_groups[first:last] - np.int32(low),
+        completion_starts=batch.completion_starts[first:last] - start,
+        completion_lengths=batch.completion_lengths[first:last],
+        chosen=batch.chosen[kept] - np.int32(first),
+        rejected=batch.rejected[kept] - np.int32(first),
+        weights=batch.weights[kept],
+        margins=batch.margins[kept],
+        data_versions=batch.data_versions[kept],
+        reference_logprobs=reference,
+        pair_ids=tuple(batch.pair_ids[index] for index in kept.tolist()),
+    )

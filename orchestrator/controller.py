@@ -1,0 +1,107 @@
+"""The run: publish the initial weights, evaluate, iterate, evaluate, done.
+
+                 +--------------------------- one iteration ----------------------------+
+    prompts ---> | generators --groups--> scorers --pairs--> queue --batches--> learner  | --> next iteration
+                 |     ^                                                           |    |
+                 +-----+------------------- proved weights -----------------------+----+
+
+    who          waits for               unblocked by                     at most
+    controller   a wave of completions   every generator's answer         generator.deadline_s
+    controller   scores                  every scorer's answer            scorer.deadline_s
+    controller   room in the queue       the learner's acknowledgement    learner.step_deadline_s
+    learner      a batch                 the controller's put             learner.step_deadline_s
+    controller   optimizer steps         the learner's last step          learner.step_deadline_s, each
+    controller   proof of new weights    every generator's answer         cluster.publish_deadline_s
+
+`pipeline.mode=sync` is strictly on-policy: one thing happens at a time, so the same seed gives the same pairs and the
+same weights on one machine. `iteration.py` holds the stages.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from orchestrator.errors import AgonError
+from orchestrator.evaluation import evaluate
+from orchestrator.iteration import Iteration
+from orchestrator.publisher import reference_version
+from orchestrator.remote import fetch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from orchestrator.context import Context
+    from orchestrator.ledger import FinishedIteration
+    from orchestrator.types import PolicyVersion
+
+_MAX_EMPTY_ITERATIONS = 3
+
+
+class Controller:
+    """Runs a whole run over actors that are up."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._versions: list[PolicyVersion] = []
+
+    def run(self, finished: list[FinishedIteration]) -> None:
+        """Runs from the last of the `finished` iterations, which the ledger remembers, to the end.
+
+        Raises:
+            AgonError: whatever stops the run; nothing that was promoted is lost.
+        """
+        if finished:
+            self._continue_from(finished)
+        else:
+            self._begin()
+        config, empty = self._context.config, 0
+        for number in range(len(self._versions), config.pipeline.iterations + 1):
+            reference = reference_version(config.reference.kind, config.reference.ema_decay, self._versions)
+            outcome = Iteration(self._context, number, self._versions[-1], reference).run()
+            self._versions.append(outcome.version)
+            empty = 0 if outcome.num_pairs else empty + 1
+            if empty == _MAX_EMPTY_ITERATIONS:
+                raise AgonError(f"{empty} iterations in a row made no pair. {self._why_no_pairs(outcome.metrics)}")
+
+    def _why_no_pairs(self, metrics: Mapping[str, float]) -> str:
+        score = metrics.get("rollout/score_mean", math.nan)
+        abstained, truncated = (metrics[f"rollout/{name}_fraction"] for name in ("abstained", "truncated"))
+        return (
+            f"In the last one scorer.verifier={self._context.config.scorer.verifier} gave a mean score of {score:.3g},"
+            f" abstained on {abstained:.0%} of the completions, and {truncated:.0%} of them ran out of tokens"
+            " (rollouts/ has every text with its score). All alike make no pair: is it the right verifier, are"
+            " generator.max_tokens enough, are the prompts neither too easy nor too hard?"
+        )
+
+    def _begin(self) -> None:
+        context = self._context
+        with context.stage("publish", 0):
+            self._versions = [context.publisher.publish(0)]
+        with context.stage("evaluate", 0):
+            evaluation = evaluate(context.rollouts, context.test_prompts, context.config, 0)
+            context.count_tokens(evaluation.tokens)
+        metrics = evaluation.metrics() | context.stage_metrics()
+        context.ledger.finish_iteration(
+            0, version=self._versions[0], cursor=context.prompts.cursor, checkpoint=None, metrics=metrics
+        )
+        context.tracker.log(metrics, iteration=0, step=0)
+
+    def _continue_from(self, finished: list[FinishedIteration]) -> None:
+        context, last = self._context, finished[-1]
+        if last.checkpoint is not None:
+            context.steps = fetch(
+                context.roles.learner.load.remote(str(context.run_dir / last.checkpoint)),
+                what=f"learner: load {last.checkpoint}",
+                deadline_s=context.config.learner.start_deadline_s,
+                knob="learner.start_deadline_s",
+            )
+        context.prompts.cursor = last.cursor
+        with context.stage("publish", last.iteration):
+            version = context.publisher.publish(last.version.number)
+        if version != last.version:
+            raise AgonError(
+                f"the checkpoint of iteration {last.iteration} gives weights {version}, the ledger says {last.version}:"
+                " one of them was changed after the run stopped"
+            )
+        self._versions = [iteration.version for iteration in finished]

@@ -1,0 +1,65 @@
+"""One tree of errors. Every message says what was found, where, and what to change.
+
+    AgonError
+    +-- UserError            bad input, found before any actor starts. Exit code 2.
+    |   +-- ConfigError      a key or a value
+    |   +-- DataError        a prompt file or a record in it
+    |   +-- ModelError       a model folder, tokenizer or checkpoint
+    |   +-- ResourceError    memory, disk, cluster resources
+    +-- DeadlineError        a wait that ran out; names what was waited for. Exit code 1.
+    +-- PublicationError     a generator that does not hold the published weights. Exit code 1.
+    +-- ActorLostError       an actor whose process died. Exit code 1.
+    +-- PoolError            actors that died more often than their restart budget allows. Exit code 1.
+    +-- TrainingError        a loss or gradient that is not finite. Exit code 1.
+    +-- QueueClosedError     put or lease on a closed queue (control flow, never shown to users)
+
+All are picklable (they cross actor boundaries): their arguments are the arguments of `Exception`.
+"""
+
+
+class AgonError(Exception):
+    """Base of every error this project raises on purpose."""
+
+
+class UserError(AgonError):
+    """Input that the user can mend."""
+
+
+class ConfigError(UserError, ValueError):
+    """A configuration key or value that is refused."""
+
+
+class DataError(UserError, ValueError):
+    """A prompt file, or a record in it, that is refused."""
+
+
+class ModelError(UserError, ValueError):
+    """A model folder, tokenizer or checkpoint that is refused."""
+
+
+class ResourceError(UserError, RuntimeError):
+    """The plan needs more memory, disk or devices than there are."""
+
+
+class DeadlineError(AgonError, TimeoutError):
+    """A wait ran out; the message names what was waited for, since when, and what to change."""
+
+
+class PublicationError(AgonError, RuntimeError):
+    """A generator does not hold the published weights; the message names generator, tensor and version."""
+
+
+class ActorLostError(AgonError, RuntimeError):
+    """An actor's process died; pools replace theirs, a learner that is lost ends the run, which can be resumed."""
+
+
+class PoolError(AgonError, RuntimeError):
+    """Actors of a pool died more often than the restart budget allows."""
+
+
+class TrainingError(AgonError, RuntimeError):
+    """The update produced a loss or gradient that is not finite."""
+
+
+class QueueClosedError(AgonError, RuntimeError):
+    """The queue was closed; nothing more will come or be accepted."""

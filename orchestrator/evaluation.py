@@ -1,0 +1,80 @@
+"""How good the policy is on held-out problems that tune nothing: greedy and sampled, with intervals."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from statistics import NormalDist, fmean, pstdev
+from typing import TYPE_CHECKING
+
+from orchestrator.metrics import Accuracy, wilson_interval
+from orchestrator.rollouts import Draw
+from orchestrator.types import SamplingParams
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from conf.schema import Config
+    from orchestrator.rollouts import Rollouts
+    from orchestrator.types import Completion, Prompt, ScoredGroup
+
+_Z95 = NormalDist().inv_cdf(0.975)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """One evaluation of one policy."""
+
+    greedy: Accuracy
+    sampled: Accuracy
+    abstained: int
+    """Completions on which the scorer abstained; they count as not solved."""
+    tokens: int
+    """Generated for it."""
+    sampled_completions: tuple[tuple[Prompt, Completion], ...]
+    """What was sampled, for estimates of KL."""
+
+    def metrics(self) -> dict[str, float]:
+        """Scalars for tracking, under `eval/`."""
+        found = {
+            f"eval/{kind}_{part}": float(value)
+            for kind, accuracy in (("greedy", self.greedy), ("sampled", self.sampled))
+            for part, value in asdict(accuracy).items()
+        }
+        return found | {"eval/abstained": float(self.abstained), "eval/tokens": float(self.tokens)}
+
+
+def evaluate(rollouts: Rollouts, prompts: Sequence[Prompt], config: Config, iteration: int) -> Evaluation:
+    """Answers every prompt once greedily and once by sampling, in one wave."""
+
+    def draw(purpose: str, temperature: float) -> Draw:
+        sampling = SamplingParams(
+            temperature=temperature, max_tokens=config.generator.max_tokens, stop=tuple(config.generator.stop)
+        )
+        return Draw(purpose=purpose, iteration=iteration, num_samples=1, sampling=sampling)
+
+    greedy, sampled = rollouts.sample(prompts, [draw("greedy", 0.0), draw("sampled", config.evaluation.temperature)])
+    scored = rollouts.score(greedy + sampled)
+    return Evaluation(
+        greedy=accuracy(scored[: len(greedy)]),
+        sampled=accuracy(scored[len(greedy) :]),
+        abstained=sum(score.value is None for group in scored for score in group.scores),
+        tokens=sum(len(group.completions[0].token_ids) for group in greedy + sampled),
+        sampled_completions=tuple((group.prompt, group.completions[0]) for group in sampled),
+    )
+
+
+def accuracy(scored: Sequence[ScoredGroup]) -> Accuracy:
+    """The mean score, an abstention counting 0, with a 95 % interval.
+
+    The interval is Wilson's for scores in [0, 1], which are shares of solved problems, and the normal one of a mean for
+    a function that scores on another scale.
+    """
+    values = [score.value or 0.0 for group in scored for score in group.scores]
+    mean, n = fmean(values), len(values)
+    if all(0 <= value <= 1 for value in values):
+        low, high = wilson_interval(min(sum(values), n), n)
+    else:
+        reach = _Z95 * pstdev(values) / math.sqrt(n)
+        low, high = mean - reach, mean + reach
+    return Accuracy(value=mean, low=low, high=high, n=n)

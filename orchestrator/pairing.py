@@ -1,0 +1,132 @@
+"""Scored groups to preference pairs: who is preferred to whom, and what is left unsaid.
+
+An abstention is no score: its completion enters no pair. Scores closer than `pairing.min_margin` are a tie, and a tie
+makes no pair either; it is never decided by position.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xxhash
+
+from orchestrator.errors import DataError
+from orchestrator.types import PreferencePair
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from conf.schema import PairingConfig
+    from orchestrator.types import Completion, PolicyVersion, ScoredGroup
+
+_TOLERANCE = 1e-9
+"""Scores are averages of a few numbers: equal ones may differ by rounding. Absolute below 1, relative above."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairingCounts:
+    """What became of one group.
+
+    Example: ``PairingCounts(pairs=1, ties=0, abstentions=2)``
+    """
+
+    pairs: int
+    ties: int
+    """Comparisons the policy looked at and dropped because their margin is no more than `min_margin`."""
+    abstentions: int
+    """Completions without a score."""
+
+    def as_dict(self) -> dict[str, int]:
+        """Counts by name."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    index: int
+    score: float
+    completion: Completion
+
+
+def is_tie(first: float, second: float, min_margin: float = 0.0) -> bool:
+    """Whether two scores differ by no more than `min_margin`, rounding forgiven."""
+    return abs(first - second) <= min_margin + _TOLERANCE * max(1.0, abs(first), abs(second))
+
+
+def make_pairs(
+    scored: ScoredGroup, config: PairingConfig, *, reference: PolicyVersion
+) -> tuple[list[PreferencePair], PairingCounts]:
+    """Compares the completions of one prompt, best margins first.
+
+    Which texts are preferred does not depend on the order of the completions: among equal scores a hash of the tokens,
+    seeded with the group's seed, decides who comes first.
+
+    Args:
+        scored: the group; completions whose score is None are left out.
+        config: `best_worst` pairs highest with lowest, then the next ones inwards; `all` pairs every two that differ.
+        reference: the loss reference written into each pair.
+
+    Raises:
+        DataError: a score is not finite.
+    """
+    ranked = _ranked(scored)
+    candidates = _inwards(ranked, config.max_pairs) if config.policy == "best_worst" else _all(ranked)
+    kept: list[PreferencePair] = []
+    ties = 0
+    for best, worst in candidates:
+        if is_tie(best.score, worst.score, config.min_margin):
+            ties += 1
+        elif len(kept) < config.max_pairs:
+            kept.append(_pair(scored, best, worst, reference))
+    abstentions = len(scored.scores) - len(ranked)
+    return kept, PairingCounts(pairs=len(kept), ties=ties, abstentions=abstentions)
+
+
+def _ranked(scored: ScoredGroup) -> list[_Scored]:
+    """Completions that have a score, highest first."""
+    group, found = scored.group, []
+    for index, (completion, score) in enumerate(zip(group.completions, scored.scores, strict=True)):
+        if score.value is None:
+            continue
+        if not math.isfinite(score.value):
+            raise DataError(
+                f"{scored.scorer} gave completion {index} of prompt {group.prompt.id!r} the score {score.value}:"
+                " a score must be finite; return None to abstain"
+            )
+        found.append(_Scored(index, score.value, completion))
+    return sorted(found, key=lambda item: (-item.score, _lot(item.completion, group.seed), item.index))
+
+
+def _lot(completion: Completion, seed: int) -> int:
+    """The same for the same tokens wherever they stand in the group, different from seed to seed."""
+    return int(xxhash.xxh3_64_intdigest(np.asarray(completion.token_ids, dtype="<i8").tobytes(), seed=seed))
+
+
+def _inwards(ranked: list[_Scored], max_pairs: int) -> Iterator[tuple[_Scored, _Scored]]:
+    """(1st, last), (2nd, 2nd last), ..."""
+    for step in range(min(max_pairs, len(ranked) // 2)):
+        yield ranked[step], ranked[-1 - step]
+
+
+def _all(ranked: list[_Scored]) -> Iterable[tuple[_Scored, _Scored]]:
+    """Every two, widest margin first."""
+    return sorted(combinations(ranked, 2), key=lambda two: two[1].score - two[0].score)
+
+
+def _pair(scored: ScoredGroup, best: _Scored, worst: _Scored, reference: PolicyVersion) -> PreferencePair:
+    group = scored.group
+    return PreferencePair(
+        id=f"{group.iteration}/{group.prompt.id}/{best.index}>{worst.index}",
+        prompt=group.prompt,
+        chosen=best.completion,
+        rejected=worst.completion,
+        chosen_score=best.score,
+        rejected_score=worst.score,
+        iteration=group.iteration,
+        reference=reference,
+        scorer=scored.scorer,
+    )

@@ -1,0 +1,78 @@
+"""Weights from the learner to every generator, and to each one that joins later."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from orchestrator.remote import fetch
+from orchestrator.types import PolicyVersion
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from orchestrator.rollouts import Roles
+    from orchestrator.weights import Publication
+
+_KNOB = "cluster.publish_deadline_s"
+
+
+class Publisher:
+    """Keeps the current publication alive and brings generators up to date."""
+
+    def __init__(self, roles: Roles, deadline_s: float) -> None:
+        self._roles = roles
+        self._deadline_s = deadline_s
+        self._current: Publication | None = None
+        roles.generators.on_start = self._bring_up_to_date
+
+    def publish(self, number: int) -> PolicyVersion:
+        """Publishes the learner's weights as version `number`; returns once every generator has proved to hold them.
+
+        Raises:
+            PublicationError: one does not.
+            DeadlineError: one did not answer.
+        """
+        publication = self._current = self._send(number)
+        self._roles.generators.broadcast(
+            lambda actor: actor.update_weights.remote(publication),
+            what=f"load weights {publication.version}",
+            deadline_s=self._deadline_s,
+            knob=_KNOB,
+        )
+        return publication.version
+
+    def _send(self, number: int) -> Publication:
+        learner, generators = self._roles.learner, self._roles.generators
+        publication: Publication = fetch(
+            learner.publish.remote(number, generators.actors),
+            what=f"learner: publish weights v{number}",
+            deadline_s=self._deadline_s,
+            knob=_KNOB,
+        )
+        return publication
+
+    def _bring_up_to_date(self, actor: Any) -> Any:
+        """A generator that starts after the first publication gets the current one before it answers anything."""
+        if self._current is None:
+            return actor.ready.remote()
+        if not self._current.buckets:  # nothing is kept of weights that were sent by NCCL or IPC: send them again
+            self._current = self._send(self._current.version.number)
+        return actor.update_weights.remote(self._current)
+
+
+def reference_version(kind: str, decay: float, versions: Sequence[PolicyVersion]) -> PolicyVersion:
+    """The identity of the loss reference of the iteration that starts from ``versions[-1]``.
+
+    Args:
+        kind: `ReferenceConfig.kind`.
+        decay: `ReferenceConfig.ema_decay`.
+        versions: all promoted policies so far, the initial model first; an iteration without pairs repeats one.
+    """
+    if kind == "initial":
+        return versions[0]
+    if kind == "previous":
+        return versions[-1]
+    chain = ":".join([f"ema {decay!r}", *dict.fromkeys(version.digest for version in versions)])
+    return PolicyVersion(number=versions[-1].number, digest=xxhash.xxh3_64_hexdigest(chain.encode()))

@@ -1,0 +1,220 @@
+"""The bounded queue between producers of preference batches and the learner.
+
+    producer --put--> [ queued ] --lease--> [ leased ] --acknowledge--> gone
+                          ^------redeliver------'   (the lease ran out, or its holder gave it back)
+
+The queue holds object references, not batches: the bytes stay in the object store and are read there zero-copy.
+Queued and leased batches together never exceed the capacity: that is the back-pressure, and it bounds how far
+producers can run ahead of the learner.
+
+`LeaseBuffer` is the state machine, free of time and threads; `QueueActor` adds waiting; `BatchQueue` is the handle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import ray
+
+from orchestrator.errors import QueueClosedError
+from orchestrator.remote import fetch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_GRACE_S = 10.0  # a remote call may take this much longer than the wait it performs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lease(Generic[Item]):
+    """The right to work on one item until `expires_at`."""
+
+    id: int
+    item: Item
+    attempt: int
+    """1 for the first delivery."""
+    expires_at: float
+    """Seconds on the queue's own clock."""
+
+
+class LeaseBuffer(Generic[Item]):
+    """First in, first out; each item is delivered until it is acknowledged.
+
+    A redelivered item goes to the front, in its old order. All times come from the caller.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity must be at least 1, found {capacity}")
+        self.capacity = capacity
+        self.closed = False
+        self._next_id = 0
+        self._queued: deque[tuple[int, Item, int]] = deque()
+        self._leased: OrderedDict[int, Lease[Item]] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Items not yet acknowledged."""
+        return len(self._queued) + len(self._leased)
+
+    def put(self, item: Item) -> bool:
+        """Appends an item; False when the buffer is full. Raises QueueClosedError on a closed one."""
+        if self.closed:
+            raise QueueClosedError("put on a closed queue")
+        if len(self) >= self.capacity:
+            return False
+        self._queued.append((self._next_id, item, 0))
+        self._next_id += 1
+        return True
+
+    def lease(self, *, now: float, duration: float) -> Lease[Item] | None:
+        """Delivers the oldest queued item; None when nothing is queued.
+
+        Raises:
+            QueueClosedError: closed, and nothing is queued or leased any more.
+        """
+        self.redeliver_expired(now)
+        if not self._queued:
+            if self.closed and not self._leased:
+                raise QueueClosedError("the queue is closed and empty")
+            return None
+        item_id, item, attempts = self._queued.popleft()
+        lease = Lease(id=item_id, item=item, attempt=attempts + 1, expires_at=now + duration)
+        self._leased[item_id] = lease
+        return lease
+
+    def acknowledge(self, lease_id: int) -> bool:
+        """Forgets a leased item; False when the lease had run out or is unknown (the work must then be discarded)."""
+        return self._leased.pop(lease_id, None) is not None
+
+    def redeliver(self, lease_id: int) -> bool:
+        """Puts a leased item back to the front at once; False when the lease is unknown."""
+        lease = self._leased.pop(lease_id, None)
+        if lease is None:
+            return False
+        self._put_back([lease])
+        return True
+
+    def redeliver_expired(self, now: float) -> int:
+        """Puts back every item whose lease has run out; returns how many."""
+        expired = [lease for lease in self._leased.values() if lease.expires_at <= now]
+        for lease in expired:
+            del self._leased[lease.id]
+        self._put_back(expired)
+        return len(expired)
+
+    def close(self) -> None:
+        """Accepts nothing more; what is queued is still delivered."""
+        self.closed = True
+
+    def _put_back(self, leases: list[Lease[Item]]) -> None:
+        merged = [(lease.id, lease.item, lease.attempt) for lease in leases] + list(self._queued)
+        self._queued = deque(sorted(merged, key=lambda entry: entry[0]))
+
+
+class QueueActor:
+    """`LeaseBuffer` behind asyncio: callers wait here for room or for work, with a deadline."""
+
+    def __init__(self, capacity: int) -> None:
+        self._buffer: LeaseBuffer[Any] = LeaseBuffer(capacity)
+        self._changed = asyncio.Condition()
+
+    async def put(self, boxed: list[Any], timeout_s: float) -> bool:
+        """Appends ``boxed[0]`` (boxed, so that Ray does not fetch it), waiting for room; False when none came."""
+        async with self._changed:
+            accepted = await self._wait(lambda: self._buffer.put(boxed[0]) or None, timeout_s)
+            self._changed.notify_all()
+            return accepted is not None
+
+    async def lease(self, timeout_s: float, duration_s: float) -> Lease[Any] | None:
+        """Waits for an item and leases it for `duration_s`; None when none came."""
+        async with self._changed:
+            return await self._wait(lambda: self._buffer.lease(now=time.monotonic(), duration=duration_s), timeout_s)
+
+    async def acknowledge(self, lease_id: int) -> bool:
+        """See `LeaseBuffer.acknowledge`."""
+        async with self._changed:
+            known = self._buffer.acknowledge(lease_id)
+            self._changed.notify_all()
+            return known
+
+    async def redeliver(self, lease_id: int) -> bool:
+        """See `LeaseBuffer.redeliver`."""
+        async with self._changed:
+            known = self._buffer.redeliver(lease_id)
+            self._changed.notify_all()
+            return known
+
+    async def close(self) -> None:
+        """See `LeaseBuffer.close`."""
+        async with self._changed:
+            self._buffer.close()
+            self._changed.notify_all()
+
+    async def size(self) -> int:
+        """Items not yet acknowledged."""
+        return len(self._buffer)
+
+    async def _wait(self, attempt: Callable[[], Result | None], timeout_s: float) -> Result | None:
+        """Tries until it works or time is up. Wakes at least once a second: leases run out unannounced."""
+        end = time.monotonic() + timeout_s
+        while (result := attempt()) is None and (left := end - time.monotonic()) > 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), min(left, 1.0))
+        return result
+
+
+class BatchQueue:
+    """Handle of a queue of preference batches, usable from any process of the cluster."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    @classmethod
+    def create(cls, capacity: int) -> BatchQueue:
+        """Starts the queue's actor."""
+        return cls(ray.remote(QueueActor).options(num_cpus=0, max_concurrency=64).remote(capacity))
+
+    def put(self, ref: Any, *, timeout_s: float) -> bool:
+        """Hands over the object reference of a batch, waiting for room; False when none came within `timeout_s`.
+
+        Raises:
+            QueueClosedError: the queue was closed.
+        """
+        return bool(self._call(self._actor.put.remote([ref], timeout_s), "put", timeout_s))
+
+    def lease(self, *, timeout_s: float, duration_s: float) -> Lease[Any] | None:
+        """Waits for the reference of a batch, redelivered unless acknowledged within `duration_s`; None when none came.
+
+        Raises:
+            QueueClosedError: the queue was closed and is empty.
+        """
+        lease: Lease[Any] | None = self._call(self._actor.lease.remote(timeout_s, duration_s), "lease", timeout_s)
+        return lease
+
+    def acknowledge(self, lease_id: int, *, timeout_s: float = 30.0) -> bool:
+        """Says that a batch was trained on; False when the lease had run out."""
+        return bool(self._call(self._actor.acknowledge.remote(lease_id), "acknowledge", timeout_s))
+
+    def redeliver(self, lease_id: int, *, timeout_s: float = 30.0) -> bool:
+        """Gives a batch back."""
+        return bool(self._call(self._actor.redeliver.remote(lease_id), "redeliver", timeout_s))
+
+    def close(self, *, timeout_s: float = 30.0) -> None:
+        """No more batches will come."""
+        self._call(self._actor.close.remote(), "close", timeout_s)
+
+    def size(self, *, timeout_s: float = 30.0) -> int:
+        """Batches not yet acknowledged."""
+        return int(self._call(self._actor.size.remote(), "size", timeout_s))
+
+    @staticmethod
+    def _call(ref: Any, verb: str, timeout_s: float) -> Any:
+        return fetch(ref, what=f"queue: {verb}", deadline_s=timeout_s + _GRACE_S, knob="learner.step_deadline_s")

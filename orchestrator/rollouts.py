@@ -1,0 +1,138 @@
+"""From prompts to scored groups: the requests, the wave over the generators, the groups, the scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from orchestrator.seeds import derive_seed
+from orchestrator.types import Completion, GenerationRequest, RolloutGroup, SamplingParams, ScoredGroup
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from conf.schema import Config
+    from orchestrator.pools import ActorPool
+    from orchestrator.queues import BatchQueue
+    from orchestrator.tracking import Tracker
+    from orchestrator.types import Prompt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Roles:
+    """The actors of a run."""
+
+    generators: ActorPool[GenerationRequest, Completion]
+    scorers: ActorPool[RolloutGroup, ScoredGroup]
+    learner: Any
+    """Handle of the `learners.learner.Learner` actor."""
+    queue: BatchQueue
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draw:
+    """How completions of a set of prompts are drawn."""
+
+    purpose: str
+    """Names the draw in request ids and seeds ("rollout", "greedy", "sampled")."""
+    iteration: int
+    num_samples: int
+    sampling: SamplingParams
+
+
+def make_requests(prompts: Sequence[Prompt], draw: Draw, seed: int) -> list[GenerationRequest]:
+    """`num_samples` requests a prompt, those of one prompt side by side; each seed depends on its own name only."""
+    requests = []
+    for prompt in prompts:
+        group_seed = derive_seed(seed, draw.purpose, draw.iteration, prompt.id)
+        requests += [
+            GenerationRequest(
+                id=f"{draw.purpose}/{draw.iteration}/{prompt.id}/{index}",
+                prompt_token_ids=prompt.token_ids,
+                sampling=draw.sampling,
+                seed=derive_seed(group_seed, index),
+            )
+            for index in range(draw.num_samples)
+        ]
+    return requests
+
+
+def make_groups(
+    prompts: Sequence[Prompt], completions: Sequence[Completion], draw: Draw, seed: int
+) -> list[RolloutGroup]:
+    """Groups completions that came back in the order of `make_requests`."""
+    size = draw.num_samples
+    return [
+        RolloutGroup(
+            prompt=prompt,
+            completions=tuple(completions[index * size : (index + 1) * size]),
+            iteration=draw.iteration,
+            seed=derive_seed(seed, draw.purpose, draw.iteration, prompt.id),
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+class Rollouts:
+    """Samples and scores through the pools.
+
+    Args:
+        roles: the actors.
+        config: deadlines and the run's seed.
+        tracker: shown how far a wave is.
+    """
+
+    def __init__(self, roles: Roles, config: Config, tracker: Tracker) -> None:
+        self._roles = roles
+        self._config = config
+        self._tracker = tracker
+
+    def sample(self, prompts: Sequence[Prompt], draws: Sequence[Draw]) -> list[list[RolloutGroup]]:
+        """Completes all prompts for each draw, all in one wave; one list of groups a draw."""
+        config, pool = self._config.generator, self._roles.generators
+        requests = [request for draw in draws for request in make_requests(prompts, draw, self._config.seed)]
+        before = self._generated()
+
+        def show() -> None:
+            completions, tokens = (now - then for now, then in zip(self._generated(), before, strict=True))
+            self._tracker.progress("collect", max(0, completions), len(requests), max(0, tokens))
+
+        completions = pool.map(
+            lambda actor, share: actor.generate.remote(share),
+            requests,
+            what=f"completing {len(requests)} requests ({draws[0].purpose}, iteration {draws[0].iteration})",
+            deadline_s=config.deadline_s,
+            knob="generator.deadline_s",
+            on_tick=show,
+        )
+        groups, start = [], 0
+        for draw in draws:
+            size = draw.num_samples * len(prompts)
+            groups.append(make_groups(prompts, completions[start : start + size], draw, self._config.seed))
+            start += size
+        return groups
+
+    def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
+        """Has the scorers judge every group."""
+        return self._roles.scorers.map(
+            lambda actor, share: actor.score.remote(share),
+            groups,
+            what=f"scoring {len(groups)} groups",
+            deadline_s=self._config.scorer.deadline_s,
+            knob="scorer.deadline_s",
+        )
+
+    def _generated(self) -> tuple[int, int]:
+        """Completions and tokens made so far by the actors that answer now; only drawn on the screen."""
+        completions = tokens = 0
+        for actor in self._roles.generators.actors:
+            try:
+                made = ray.get(actor.generated.remote(), timeout=5)
+            except (RayActorError, GetTimeoutError):
+                # The wave itself notices a dead or stuck actor; the progress bar need not.
+                continue
+            completions, tokens = completions + made[0], tokens + made[1]
+        return completions, tokens

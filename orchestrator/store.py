@@ -1,0 +1,258 @@
+"""What a run leaves behind as Parquet: every rollout before any filter, and every pair that was trained on.
+
+    <run>/rollouts/iteration-0001.parquet    one row a completion, groups in order, with scores and abstentions
+    <run>/pairs/iteration-0001.parquet       one row a pair, in the order in which they were made
+
+A file is whole or absent, and the same records give the same bytes. Every column says what it holds and in which unit
+in its field metadata (`pyarrow.parquet.read_schema(path).field(name).metadata`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from orchestrator.errors import DataError
+from orchestrator.files import atomic_file
+from orchestrator.types import (
+    Completion,
+    FinishReason,
+    PolicyVersion,
+    PreferencePair,
+    Prompt,
+    RolloutGroup,
+    Score,
+    ScoredGroup,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+_TOKENS, _LOGPROBS = pa.list_(pa.int32()), pa.list_(pa.float64())
+_VERSION = "1"
+
+
+def _column(name: str, kind: Any, doc: str, unit: str = "", *, nullable: bool = False) -> Any:
+    return pa.field(name, kind, nullable=nullable, metadata={"doc": doc, "unit": unit})
+
+
+def _schema(record: str, columns: list[Any]) -> Any:
+    return pa.schema(columns, metadata={"agon.record": record, "agon.version": _VERSION})
+
+
+_PROMPT = [
+    _column("prompt_id", pa.string(), "unique within the task"),
+    _column("prompt_text", pa.string(), "the prompt as the model reads it"),
+    _column("prompt_token_ids", _TOKENS, "what is fed to the model", "token ids"),
+    _column("answer", pa.string(), "reference answer; null where the task has none", nullable=True),
+]
+
+
+def _completion(prefix: str, whose: str) -> list[Any]:
+    return [
+        _column(f"{prefix}text", pa.string(), f"{whose}, decoded without special tokens"),
+        _column(f"{prefix}token_ids", _TOKENS, f"{whose}, the terminating EOS included", "token ids"),
+        _column(f"{prefix}logprobs", _LOGPROBS, f"of each token of {whose} under its data policy, T=1", "nats"),
+        _column(f"{prefix}finish_reason", pa.string(), f"why {whose} ended: eos, stop, length or aborted"),
+        _column(f"{prefix}policy_number", pa.int32(), f"data policy of {whose}: publications before it", "count"),
+        _column(f"{prefix}policy_digest", pa.string(), f"data policy of {whose}: xxh3-64 of its weights", "hex"),
+    ]
+
+
+ROLLOUTS = _schema(
+    "rollout",
+    [
+        _column("group", pa.int32(), "rows of one prompt's group share it; counts from 0 in this file", "index"),
+        _column("iteration", pa.int32(), "1 for the first; 0 is evaluation before any update", "index"),
+        _column("seed", pa.int64(), "seed of the group"),
+        *_PROMPT,
+        *_completion("", "the completion"),
+        _column("score", pa.float64(), "higher is better; null is an abstention", "scorer's own", nullable=True),
+        _column("score_reason", pa.string(), "why the scorer abstained; empty when it did not"),
+        _column("scorer", pa.string(), "name and version of the scorer"),
+    ],
+)
+PAIRS = _schema(
+    "pair",
+    [
+        _column("id", pa.string(), "<iteration>/<prompt id>/<chosen index>><rejected index>"),
+        _column("iteration", pa.int32(), "1 for the first", "index"),
+        *_PROMPT,
+        *_completion("chosen_", "the chosen completion"),
+        *_completion("rejected_", "the rejected completion"),
+        _column("chosen_score", pa.float64(), "score of the chosen completion", "scorer's own"),
+        _column("rejected_score", pa.float64(), "score of the rejected completion", "scorer's own"),
+        _column("reference_number", pa.int32(), "loss reference: publications before it", "count"),
+        _column("reference_digest", pa.string(), "loss reference: xxh3-64 of its weights", "hex"),
+        _column("scorer", pa.string(), "name and version of the scorer"),
+        _column("weight", pa.float64(), "multiplies the pair's loss"),
+    ],
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """The Parquet files of one run folder."""
+
+    run_dir: Path
+
+    def rollouts_path(self, iteration: int) -> Path:
+        """Where the rollouts of an iteration are."""
+        return self.run_dir / "rollouts" / f"iteration-{iteration:04d}.parquet"
+
+    def pairs_path(self, iteration: int) -> Path:
+        """Where the pairs of an iteration are."""
+        return self.run_dir / "pairs" / f"iteration-{iteration:04d}.parquet"
+
+    def write_rollouts(self, iteration: int, groups: Sequence[ScoredGroup]) -> Path:
+        """Writes scored groups as they came; a file of an earlier attempt at the iteration is replaced.
+
+        Raises:
+            ValueError: a group has no completion, or not one score for each.
+        """
+        rows = [row for index, group in enumerate(groups) for row in _rollout_rows(index, group)]
+        return _write(self.rollouts_path(iteration), rows, ROLLOUTS)
+
+    def write_pairs(self, iteration: int, pairs: Sequence[PreferencePair]) -> Path:
+        """Writes the pairs that are trained on; a file of an earlier attempt at the iteration is replaced."""
+        return _write(self.pairs_path(iteration), [_pair_row(pair) for pair in pairs], PAIRS)
+
+
+def read_rollouts(path: Path) -> list[ScoredGroup]:
+    """Scored groups in the order in which they were written.
+
+    Raises:
+        DataError: the file is no rollout file of this version, or it is damaged.
+    """
+    rows = _read(path, ROLLOUTS)
+    return [_scored_group(list(group)) for _, group in groupby(rows, key=lambda row: row["group"])]
+
+
+def read_pairs(path: Path) -> list[PreferencePair]:
+    """Pairs in the order in which they were written.
+
+    Raises:
+        DataError: the file is no pair file of this version, or it is damaged.
+    """
+    return [_pair(row) for row in _read(path, PAIRS)]
+
+
+def _write(path: Path, rows: list[dict[str, Any]], schema: Any) -> Path:
+    with atomic_file(path) as file:
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), file, compression="zstd")
+    return path
+
+
+def _read(path: Path, schema: Any) -> list[dict[str, Any]]:
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable Parquet file: {error}") from error
+    if not table.schema.equals(schema, check_metadata=False) or table.schema.metadata != schema.metadata:
+        raise DataError(
+            f"{path}: holds {table.schema.metadata or 'no agon records'}, expected {schema.metadata}:"
+            " read it with the version of agon that wrote it"
+        )
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows
+
+
+def _rollout_rows(index: int, scored: ScoredGroup) -> list[dict[str, Any]]:
+    group = scored.group
+    if not group.completions:
+        raise ValueError(f"the group of prompt {group.prompt.id!r} has no completion")
+    shared = {
+        "group": index,
+        "iteration": group.iteration,
+        "seed": group.seed,
+        "scorer": scored.scorer,
+        **_prompt_row(group.prompt),
+    }
+    return [
+        {**shared, **_completion_row("", completion), "score": score.value, "score_reason": score.reason}
+        for completion, score in zip(group.completions, scored.scores, strict=True)
+    ]
+
+
+def _pair_row(pair: PreferencePair) -> dict[str, Any]:
+    plain = ("id", "iteration", "chosen_score", "rejected_score", "scorer", "weight")
+    return {
+        **{name: getattr(pair, name) for name in plain},
+        **_prompt_row(pair.prompt),
+        **_completion_row("chosen_", pair.chosen),
+        **_completion_row("rejected_", pair.rejected),
+        "reference_number": pair.reference.number,
+        "reference_digest": pair.reference.digest,
+    }
+
+
+def _prompt_row(prompt: Prompt) -> dict[str, Any]:
+    return {
+        "prompt_id": prompt.id,
+        "prompt_text": prompt.text,
+        "prompt_token_ids": prompt.token_ids,
+        "answer": prompt.answer,
+    }
+
+
+def _completion_row(prefix: str, completion: Completion) -> dict[str, Any]:
+    row = {
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "logprobs": completion.logprobs,
+        "finish_reason": completion.finish_reason.value,
+        "policy_number": completion.policy.number,
+        "policy_digest": completion.policy.digest,
+    }
+    return {prefix + name: value for name, value in row.items()}
+
+
+def _scored_group(rows: list[dict[str, Any]]) -> ScoredGroup:
+    first = rows[0]
+    group = RolloutGroup(
+        prompt=_prompt(first),
+        completions=tuple(_read_completion("", row) for row in rows),
+        iteration=first["iteration"],
+        seed=first["seed"],
+    )
+    scores = tuple(Score(value=row["score"], reason=row["score_reason"]) for row in rows)
+    return ScoredGroup(group=group, scores=scores, scorer=first["scorer"])
+
+
+def _pair(row: dict[str, Any]) -> PreferencePair:
+    return PreferencePair(
+        id=row["id"],
+        prompt=_prompt(row),
+        chosen=_read_completion("chosen_", row),
+        rejected=_read_completion("rejected_", row),
+        chosen_score=row["chosen_score"],
+        rejected_score=row["rejected_score"],
+        iteration=row["iteration"],
+        reference=PolicyVersion(number=row["reference_number"], digest=row["reference_digest"]),
+        scorer=row["scorer"],
+        weight=row["weight"],
+    )
+
+
+def _prompt(row: dict[str, Any]) -> Prompt:
+    return Prompt(
+        id=row["prompt_id"],
+        text=row["prompt_text"],
+        token_ids=tuple(row["prompt_token_ids"]),
+        answer=row["answer"],
+    )
+
+
+def _read_completion(prefix: str, row: dict[str, Any]) -> Completion:
+    return Completion(
+        token_ids=tuple(row[f"{prefix}token_ids"]),
+        text=row[f"{prefix}text"],
+        logprobs=tuple(row[f"{prefix}logprobs"]),
+        finish_reason=FinishReason(row[f"{prefix}finish_reason"]),
+        policy=PolicyVersion(number=row[f"{prefix}policy_number"], digest=row[f"{prefix}policy_digest"]),
+    )

@@ -1,0 +1,265 @@
+"""The records that flow through the system, in the order of the flow.
+
+    Prompt -> RolloutGroup -> ScoredGroup -> PreferencePair -> PreferenceBatch -> UpdateResult -> PolicyVersion
+    (prompts)   (generate)      (score)        (pair, filter)    (pack, queue)      (learn)       (publish)
+
+Each stage consumes one record and produces the next; nothing reaches back. Every record is frozen and says where it
+came from. Three checkpoints are easy to mix up and are therefore named apart everywhere:
+
+* the **data policy** sampled a completion (`Completion.policy`),
+* the **reference** anchors the loss (`PreferencePair.reference`),
+* the **scorer** judged it (`ScoredGroup.scorer`, a name with a version).
+
+This module loads neither ray, torch nor vllm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, order=True)
+class PolicyVersion:
+    """The identity of one set of weights.
+
+    Example: ``PolicyVersion(number=3, digest="9f1c2ab07d35e814")``
+    """
+
+    number: int
+    """Counts publications of a run; 0 is the initial model."""
+    digest: str
+    """xxh3-64 over the names and bytes of all tensors, 16 hex digits."""
+
+    def __str__(self) -> str:
+        return f"v{self.number}-{self.digest[:8]}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    r"""One question, already rendered with the model's template and tokenized.
+
+    Example: ``Prompt(id="addition/train/17", text="5305+2471\n", token_ids=(1, 8, 6, ...), answer="07776")``
+    """
+
+    id: str
+    """Unique within the task and stable across runs."""
+    text: str
+    """What the model reads, for people and judges; `token_ids` is what is really fed."""
+    token_ids: tuple[int, ...]
+    answer: str | None = None
+    """Reference answer for verifiers; None when the task has none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How completions are drawn. `temperature == 0` is greedy decoding.
+
+    Example: ``SamplingParams(temperature=1.0, top_p=1.0, max_tokens=64)``
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int
+    """Upper bound on new tokens of one completion, the terminating EOS included."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion; the matched string stays in its text and tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationRequest:
+    """One completion that is asked for.
+
+    Example: ``GenerationRequest(id="1/addition/train/17/0", prompt_token_ids=(1, 8, ...), sampling=..., seed=91)``
+    """
+
+    id: str
+    """Unique among the requests in flight."""
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    seed: int
+    """Makes the completion independent of the batch it rides in, in [0, 2**31)."""
+
+
+class FinishReason(StrEnum):
+    """Why a completion ended."""
+
+    EOS = "eos"
+    """The model emitted its end-of-sequence token (the last of `token_ids`)."""
+    STOP = "stop"
+    """A stop string matched."""
+    LENGTH = "length"
+    """`max_tokens` or the context window ran out."""
+    ABORTED = "aborted"
+    """The caller gave it up."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    r"""One answer of a policy.
+
+    Example: ``Completion(token_ids=(8, 13, ..., 2), text="5+1+0=06\n...#07776", logprobs=(-0.01, ...),
+    finish_reason=FinishReason.EOS, policy=PolicyVersion(number=3, digest="9f1c2ab07d35e814"))``
+    """
+
+    token_ids: tuple[int, ...]
+    """New tokens only, the terminating EOS included when there is one."""
+    text: str
+    """Decoded without special tokens."""
+    logprobs: tuple[float, ...]
+    """Natural-log probability of each token under the model's own distribution (temperature 1, no truncation)."""
+    finish_reason: FinishReason
+    policy: PolicyVersion
+    """Data policy: the weights that sampled it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutGroup:
+    """K completions of one prompt.
+
+    Example: ``RolloutGroup(prompt=..., completions=(...,) * 8, iteration=1, seed=12345)``
+    """
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+    iteration: int
+    """1 for the first; 0 means evaluation before any update."""
+    seed: int
+    """Seed of the group; the seed of completion k is derived from it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """A scorer's word on one completion, or its silence.
+
+    Example: ``Score(value=1.0)`` or ``Score(value=None, reason="no answer found")``
+    """
+
+    value: float | None
+    """Higher is better. None is an abstention: no label may be made from it."""
+    reason: str = ""
+    """Why the scorer abstained; empty when it did not."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredGroup:
+    """A rollout group and the scorer's word on each of its completions.
+
+    Example: ``ScoredGroup(group=..., scores=(Score(value=1.0), ...), scorer="verifier:suffix@1")``
+    """
+
+    group: RolloutGroup
+    scores: tuple[Score, ...]
+    """One for each completion, in their order."""
+    scorer: str
+    """Name and version of the scorer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreferencePair:
+    """Two completions of one prompt, one preferred. One object until it is packed.
+
+    Example: ``PreferencePair(id="1/addition/train/17/3>5", prompt=..., chosen=..., rejected=..., chosen_score=1.0,
+    rejected_score=0.0, iteration=1, reference=PolicyVersion(number=0, digest="..."), scorer="verifier:suffix@1")``
+    """
+
+    id: str
+    """`<iteration>/<prompt id>/<chosen index>><rejected index>`, unique within a run."""
+    prompt: Prompt
+    chosen: Completion
+    rejected: Completion
+    chosen_score: float
+    rejected_score: float
+    iteration: int
+    reference: PolicyVersion
+    """The loss reference this pair will be trained against."""
+    scorer: str
+    weight: float = 1.0
+    """Multiplies the pair's loss."""
+
+    @property
+    def margin(self) -> float:
+        """Score of the chosen minus score of the rejected completion; positive."""
+        return self.chosen_score - self.rejected_score
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PreferenceBatch:
+    """The pairs of one optimizer step as packed ragged columns: plain numpy, read zero-copy from the object store.
+
+    Prompts and completions are stored once each, however many pairs use them. Group g is one prompt with its
+    completions; the tokens of everything lie end to end without padding, each group as ``prompt, completion, ...``.
+
+    Shapes: N tokens, G groups, S completions, C completion tokens, P pairs.
+    """
+
+    tokens: NDArray[np.int32]
+    """[N] token ids."""
+    prompt_starts: NDArray[np.int64]
+    """[G] offset in `tokens` where the prompt of group g starts."""
+    prompt_lengths: NDArray[np.int32]
+    """[G] tokens, at least 1."""
+    completion_groups: NDArray[np.int32]
+    """[S] group of completion s; non-decreasing."""
+    completion_starts: NDArray[np.int64]
+    """[S] offset in `tokens` where completion s starts."""
+    completion_lengths: NDArray[np.int32]
+    """[S] tokens, at least 1."""
+    chosen: NDArray[np.int32]
+    """[P] index of each pair's chosen completion among the S."""
+    rejected: NDArray[np.int32]
+    """[P] index of each pair's rejected completion among the S."""
+    weights: NDArray[np.float32]
+    """[P] multiplies each pair's loss."""
+    margins: NDArray[np.float32]
+    """[P] score of chosen minus score of rejected."""
+    data_versions: NDArray[np.int32]
+    """[P] number of the oldest data policy among the pair's two completions; staleness is the consumer's own version
+    minus this, computed when the batch is consumed."""
+    reference_logprobs: NDArray[np.float32] | None
+    """[C] log-prob of each completion token under the reference, completions in order; None until annotated."""
+    pair_ids: tuple[str, ...]
+    """[P]"""
+    reference: PolicyVersion
+    """The loss reference of every pair in the batch."""
+    iteration: int
+
+    @property
+    def num_pairs(self) -> int:
+        """P."""
+        return len(self.pair_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """N: tokens a forward pass computes, shared prompts counted once."""
+        return len(self.tokens)
+
+    @property
+    def num_completion_tokens(self) -> int:
+        """C: tokens that are scored."""
+        return int(self.completion_lengths.sum())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateResult:
+    """What one optimizer step did.
+
+    Example: ``UpdateResult(step=12, pair_ids=(...), metrics={"loss": 0.61, "grad_norm": 0.4})``
+    """
+
+    step: int
+    """Optimizer steps taken in the run, this one included."""
+    pair_ids: tuple[str, ...]
+    """The pairs whose gradient it contains."""
+    tokens: int
+    """Tokens computed in the forward pass, shared prompts counted once."""
+    metrics: Mapping[str, float]
+    """Scalars, names and units in docs/metrics.md."""
