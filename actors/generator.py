@@ -1,0 +1,84 @@
+"""The generator: a Ray actor around an engine. It answers only under weights that were published and proved."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import traceback
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from actors.engine_loop import EngineLoop
+from actors.engines import build_engine
+from actors.vllm_transfer import WeightReceiver
+from orchestrator.weights import Publication, install
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from actors.engine import Engine
+    from orchestrator.types import Completion, GenerationRequest, PolicyVersion
+
+
+class Generator:
+    """One engine of the pool. Methods are coroutines, so publications and status calls pass running generation."""
+
+    def __init__(self, name: str, kind: str, engine_options: dict[str, Any]) -> None:
+        self.name = name
+        self._loop = EngineLoop(build_engine(kind, **engine_options), on_failure=_die)
+
+    async def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
+        """Completes `requests`, in their order, as one wave."""
+        return await asyncio.wrap_future(self._loop.submit(requests))
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """Gives requests up; they come back as aborted completions."""
+        await asyncio.wrap_future(self._loop.abort(request_ids))
+
+    async def update_weights(self, publication: Publication) -> PolicyVersion:
+        """Loads and proves published weights between two decoding steps.
+
+        Raises:
+            PublicationError: naming this generator, the tensor and the version. The generator then serves nothing
+                until a publication succeeds.
+        """
+        buckets = self.receive(publication)
+
+        def switch(engine: Engine) -> PolicyVersion:
+            self._loop.version = None
+            self._loop.version = install(engine, publication, buckets, holder=self.name)
+            return self._loop.version
+
+        return await asyncio.wrap_future(self._loop.call(switch))
+
+    async def transfer(self, method: str, payload: dict[str, Any]) -> None:
+        """Runs `WeightReceiver.<method>` (`cluster.weight_transport` nccl or ipc); `update_weights` proves it after."""
+
+        def run(engine: Any) -> None:
+            self._loop.version = None
+            getattr(WeightReceiver(engine), method)(payload)
+
+        await asyncio.wrap_future(self._loop.call(run))
+
+    def receive(self, publication: Publication) -> list[NDArray[np.uint8]]:
+        """The publication's bytes, read in place from the object store."""
+        buckets: list[NDArray[np.uint8]] = ray.get(list(publication.buckets))
+        return buckets
+
+    async def generated(self) -> tuple[int, int]:
+        """Completions finished since the actor started, and their tokens."""
+        return self._loop.generated_completions, self._loop.generated_tokens
+
+    async def ready(self) -> int:
+        """The process id, once the engine is built."""
+        return os.getpid()
+
+
+def _die(error: BaseException) -> None:
+    """An actor whose engine is dead is of no use: its pool replaces a dead process, not a deaf one."""
+    traceback.print_exception(error)
+    os._exit(1)

@@ -1,0 +1,32 @@
+"""Judges by the name of `scorer.kind`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from actors.judges.verifier import build_verifier
+from orchestrator.errors import ConfigError
+
+if TYPE_CHECKING:
+    from actors.judges.base import Scorer
+    from conf.schema import ScorerConfig
+
+
+def build_scorer(config: ScorerConfig, *, has_answers: bool = True) -> Scorer:
+    """The judge that `config` describes.
+
+    Args:
+        config: Kind of the judge and its settings.
+        has_answers: Whether the task has reference answers (`Task.has_answers`).
+
+    Raises:
+        ConfigError: An unknown kind, a judge that needs answers for a task without, or a function that cannot be used.
+    """
+    if config.kind != "verifier":
+        raise ConfigError(f"scorer.kind={config.kind!r} is not known; choose verifier.")
+    if config.verifier != "function" and not has_answers:
+        raise ConfigError(
+            f"scorer.verifier={config.verifier} compares with reference answers, and the task has none. Name their "
+            "field in task.answer_field, or judge with scorer.verifier=function."
+        )
+    return build_verifier(config)

@@ -1,0 +1,178 @@
+"""Judges by rule: a completion is right (1) or wrong (0), or gets what a function of yours says.
+
+The rules with a reference answer also ask that the completion ended by itself: one that was cut off is wrong, however
+it begins, since a policy would otherwise learn to ramble on after its answer. An aborted completion is nobody's fault
+and is not judged.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+import math
+import re
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import xxhash
+
+from orchestrator.errors import ConfigError
+from orchestrator.types import FinishReason, Score, ScoredGroup
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from conf.schema import ScorerConfig
+    from orchestrator.types import Completion, Prompt, RolloutGroup
+
+    Rule = Callable[[str, str], bool]
+    """(text of the completion, reference answer) -> whether it is right; raises Undecided."""
+    Function = Callable[[str, str, str | None], float | None]
+    """(text of the prompt, text of the completion, reference answer) -> score, None to abstain."""
+
+MATH_TIMEOUT_S = 5
+_WORDS = re.compile(r"[A-Za-z][A-Za-z\s'-]+")
+
+
+class Undecided(Exception):  # noqa: N818 - it is no error, but an answer
+    """A rule cannot say; the reason is the argument."""
+
+
+class RuleScorer:
+    """Compares each completion with the prompt's reference answer."""
+
+    def __init__(self, name: str, rule: Rule) -> None:
+        self.name = name
+        self._rule = rule
+
+    def score(self, group: RolloutGroup) -> ScoredGroup:
+        """See `Scorer.score`."""
+        scores = tuple(self._judge(group.prompt, completion) for completion in group.completions)
+        return ScoredGroup(group=group, scores=scores, scorer=self.name)
+
+    def _judge(self, prompt: Prompt, completion: Completion) -> Score:
+        if prompt.answer is None:
+            return Score(value=None, reason="the prompt has no reference answer")
+        if completion.finish_reason is FinishReason.ABORTED:
+            return Score(value=None, reason="the completion was aborted")
+        ended = completion.finish_reason is not FinishReason.LENGTH
+        try:
+            return Score(value=float(ended and self._rule(completion.text, prompt.answer)))
+        except Undecided as undecided:
+            return Score(value=None, reason=str(undecided))
+
+
+class FunctionScorer:
+    """Asks a function of the user's; what it raises or returns amiss is an abstention with the reason."""
+
+    def __init__(self, name: str, function: Function) -> None:
+        self.name = name
+        self._function = function
+
+    def score(self, group: RolloutGroup) -> ScoredGroup:
+        """See `Scorer.score`."""
+        scores = tuple(self._judge(group.prompt, completion) for completion in group.completions)
+        return ScoredGroup(group=group, scores=scores, scorer=self.name)
+
+    def _judge(self, prompt: Prompt, completion: Completion) -> Score:
+        if completion.finish_reason is FinishReason.ABORTED:
+            return Score(value=None, reason="the completion was aborted")
+        try:
+            value = self._function(prompt.text, completion.text, prompt.answer)
+        except Exception as error:  # noqa: BLE001 - it is not our code, and whatever it raises says nothing of the text
+            return Score(value=None, reason=f"the function raised {type(error).__name__}: {error}")
+        if value is None:
+            return Score(value=None, reason="the function abstained")
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            return Score(value=None, reason=f"the function returned {value!r}, which is no finite number")
+        return Score(value=float(value))
+
+
+def build_verifier(config: ScorerConfig) -> RuleScorer | FunctionScorer:
+    """The verifier of `scorer.verifier`. Raises ConfigError where it is not known or its function cannot be used."""
+    if config.verifier == "function":
+        function, version = load_function(config.function)
+        return FunctionScorer(f"verifier:{config.function}@{version}", function)
+    rules: dict[str, Rule] = {
+        "final_answer": lambda text, answer: final_answer(text, answer, marker=config.marker),
+        "exact": exact,
+        "math": math_equal,
+    }
+    if config.verifier not in rules:
+        known = ", ".join([*rules, "function"])
+        raise ConfigError(f"scorer.verifier={config.verifier!r} is not known; choose one of {known}.")
+    if config.verifier == "final_answer" and not config.marker:
+        raise ConfigError("scorer.verifier=final_answer needs scorer.marker, the text that the final answer follows.")
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns at each call that a timeout is off
+    return RuleScorer(f"verifier:{config.verifier}@1", rules[config.verifier])
+
+
+def final_answer(text: str, answer: str, *, marker: str) -> bool:
+    """Whether what follows the last `marker` is the answer, spaces around it aside."""
+    _, found, final = text.rpartition(marker)
+    return bool(found) and final.strip() == answer.strip()
+
+
+def exact(text: str, answer: str) -> bool:
+    """Whether the whole text is the answer, spaces around it aside."""
+    return text.strip() == answer.strip()
+
+
+def math_equal(text: str, answer: str) -> bool:
+    """Whether the last number or formula of the text equals the answer, by math-verify.
+
+    A policy may write a number that no computer can evaluate. math-verify breaks off by a signal alarm, which only the
+    main thread can have (where Ray runs the methods of an actor); elsewhere it runs without a limit, and
+    `scorer.deadline_s` is what remains.
+
+    Raises:
+        Undecided: the reference is a word or nothing that math-verify can read, or the comparison took too long.
+    """
+    from math_verify import parse, verify
+    from math_verify.errors import TimeoutException
+
+    if exact(text, answer):
+        return True
+    if _WORDS.fullmatch(answer.strip()):  # math-verify would take a word for a product of its letters
+        raise Undecided(f"the reference answer {answer!r} is no mathematics")
+
+    limit = MATH_TIMEOUT_S if threading.current_thread() is threading.main_thread() else None
+    # Dollar signs say that the reference is mathematics as a whole: `1/2` is a fraction and not the number 2.
+    try:
+        expected = parse(f"${answer}$", parsing_timeout=limit, raise_on_error=True)
+        if not expected:
+            raise Undecided(f"the reference answer {answer!r} is no mathematics")
+        found = parse(text, parsing_timeout=limit)
+        return bool(verify(expected, found, timeout_seconds=limit, raise_on_error=True))
+    except TimeoutException:
+        raise Undecided(f"the comparison took over {MATH_TIMEOUT_S} s") from None
+
+
+def load_function(dotted: str | None) -> tuple[Function, str]:
+    """The function that `dotted` (module.name) names, and the digest of the file that it comes from.
+
+    Raises:
+        ConfigError: There is no such module or function, or it does not take three arguments.
+    """
+    module_name, _, name = (dotted or "").rpartition(".")
+    wanted = "scorer.function must be module.name of f(prompt, completion, answer) -> float | None"
+    if not module_name:
+        raise ConfigError(f"{wanted}; found {dotted!r}.")
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, SyntaxError) as error:
+        raise ConfigError(
+            f"{wanted}; module {module_name!r} cannot be imported ({error}). Is its folder on PYTHONPATH?"
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        found = "has no such name" if function is None else f"has it as {type(function).__name__}, not as a function"
+        raise ConfigError(f"{wanted}; module {module_name!r} {found}: {name!r}.")
+    try:
+        inspect.signature(function).bind("prompt", "completion", "answer")
+    except TypeError as error:
+        raise ConfigError(f"{wanted}; {dotted} does not take these three arguments: {error}.") from error
+    source = Path(module.__file__).read_bytes() if module.__file__ else b""
+    return function, xxhash.xxh3_64_hexdigest(source)[:8]

@@ -1,0 +1,30 @@
+"""The scorer: a Ray actor around a judge."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from actors.judges import build_scorer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from conf.schema import ScorerConfig
+    from orchestrator.types import RolloutGroup, ScoredGroup
+
+
+class ScorerActor:
+    """Scores groups, one after the other."""
+
+    def __init__(self, name: str, config: ScorerConfig) -> None:
+        self.name = name
+        self._scorer = build_scorer(config)
+
+    def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
+        """One scored group for each group, in order."""
+        return [self._scorer.score(group) for group in groups]
+
+    def ready(self) -> int:
+        """The process id, once the judge is built."""
+        return os.getpid()
