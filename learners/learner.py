@@ -1,0 +1,175 @@
+"""The learner: a Ray actor around a `Trainer`. It takes batches from the queue and gives versions of the weights."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray
+
+from actors.vllm_transfer import WeightSender
+from learners.trainer import Trainer
+from orchestrator.errors import DeadlineError, TrainingError
+from orchestrator.weights import Probe, Publication, checksums, pack, version_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from conf.schema import LearnerConfig, LossConfig, ReferenceConfig
+    from orchestrator.queues import BatchQueue
+    from orchestrator.types import Completion, PreferenceBatch, Prompt, UpdateResult
+
+_PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}
+"""Largest allowed difference of a token's log-prob between two engines. Two orders of summation through 24 layers were
+seen to differ by 1.2e-4 in float32 and by 0.5 in bfloat16 (benchmarks/RESULTS.md); wrong weights, by whole units."""
+
+
+class Learner:
+    """Created with ``max_concurrency=2``: `progress` answers while a longer method runs; those exclude each other."""
+
+    def __init__(
+        self,
+        *,
+        model_dir: str,
+        dtype: str,
+        loss: LossConfig,
+        reference: ReferenceConfig,
+        learner: LearnerConfig,
+        keep_initial: bool,
+        probe_token_ids: tuple[int, ...],
+        weight_transport: str,
+        workers_per_receiver: int,
+        seed: int,
+    ) -> None:
+        self._busy = threading.Lock()
+        self._steps_done = 0
+        self._step_deadline_s = learner.step_deadline_s
+        self._probe_token_ids = probe_token_ids
+        self._dtype = dtype
+        self._transport = weight_transport
+        self._workers_per_receiver = workers_per_receiver
+        self._receivers: list[Any] = []
+        self._sender: WeightSender | None = None
+        self._trainer = Trainer(
+            model_dir=model_dir,
+            dtype=dtype,
+            loss=loss,
+            reference=reference,
+            learner=learner,
+            keep_initial=keep_initial,
+            seed=seed,
+        )
+
+    def ready(self) -> int:
+        """The process id, once the model is loaded."""
+        return os.getpid()
+
+    def packing_refused(self) -> str | None:
+        """Why the model's completions are scored in padded rows; None when they are packed."""
+        return self._trainer.policy.packing_refused
+
+    def progress(self) -> int:
+        """Optimizer steps done in the current call of `train`."""
+        return self._steps_done
+
+    def begin_iteration(self, iteration: int, total_steps: int) -> None:
+        """Moves the reference if it is one that moves, and starts the learning-rate schedule."""
+        with self._busy:
+            self._trainer.begin_iteration(iteration, total_steps)
+
+    def train(self, queue: BatchQueue, num_batches: int) -> list[UpdateResult]:
+        """Takes `num_batches` from the queue, one optimizer step each.
+
+        The reference scores each completion when it is first seen; later epochs of the iteration reuse its log-probs.
+
+        Raises:
+            TrainingError: a loss or gradient is not finite, or a batch's lease ran out while it was trained on.
+            DeadlineError: no batch came.
+        """
+        with self._busy:
+            self._steps_done = 0
+            results = []
+            for _ in range(num_batches):
+                lease = queue.lease(timeout_s=self._step_deadline_s, duration_s=self._step_deadline_s)
+                if lease is None:
+                    raise DeadlineError(f"learner: no batch in the queue within {self._step_deadline_s:g} s")
+                batch: PreferenceBatch = ray.get(lease.item, timeout=self._step_deadline_s)
+                results.append(self._trainer.update(self._trainer.annotate(batch)))
+                if not queue.acknowledge(lease.id):
+                    raise TrainingError(
+                        f"an optimizer step took longer than the batch's lease of {self._step_deadline_s:g} s:"
+                        " raise learner.step_deadline_s, or lower learner.batch_pairs"
+                    )
+                self._steps_done += 1
+            return results
+
+    def publish(self, number: int, receivers: Sequence[Any]) -> Publication:
+        """Makes the weights version `number`: puts them into the object store, or sends them to `receivers`."""
+        with self._busy:
+            self._trainer.version = number
+            tensors = self._trainer.named_tensors()
+            if self._transport == "object_store":
+                records, buckets = pack(tensors)
+                refs = tuple(ray.put(bucket) for bucket in buckets)
+                return Publication(
+                    version=version_of(number, records), records=records, buckets=refs, probe=self._probe()
+                )
+            self._send(receivers)
+            version = version_of(number, checksums(tensors))
+            return Publication(version=version, records=(), buckets=(), probe=self._probe())
+
+    def _send(self, receivers: Sequence[Any]) -> None:
+        """Over vLLM's weight transfer; a group is formed anew when a generator was replaced."""
+        if self._sender is None or self._receivers != list(receivers):
+            if self._sender is not None:
+                self._sender.close()
+            self._receivers = list(receivers)
+            self._sender = WeightSender(
+                backend=self._transport,
+                tensors=self._trainer.named_tensors,
+                call=self._call_receivers,
+                num_receivers=len(receivers),
+                workers_per_receiver=self._workers_per_receiver,
+                master_address=ray.util.get_node_ip_address(),
+                master_port=_free_port(),
+            )
+        self._sender.send()
+
+    def _call_receivers(self, method: str, payloads: Sequence[dict[str, Any]]) -> None:
+        pairs = zip(self._receivers, payloads, strict=True)
+        ray.get([actor.transfer.remote(method, payload) for actor, payload in pairs], timeout=self._step_deadline_s)
+
+    def kl_to_initial(self, samples: Sequence[tuple[Prompt, Completion]]) -> float:
+        """KL(policy || initial model) per completion, nats, estimated on completions the policy sampled."""
+        with self._busy:
+            return self._trainer.kl_to_initial(samples)
+
+    def save(self, folder: str) -> None:
+        """Writes weights, optimizer, reference and counters; the folder appears whole or not at all."""
+        with self._busy:
+            self._trainer.save(Path(folder))
+
+    def load(self, folder: str) -> int:
+        """Goes on from what `save` wrote; returns the optimizer steps taken so far."""
+        with self._busy:
+            self._trainer.load(Path(folder))
+            return self._trainer.step
+
+    def _probe(self) -> Probe:
+        logprobs: Any = np.asarray(self._trainer.score([self._probe_token_ids])[0], dtype=np.float64)
+        return Probe(
+            token_ids=self._probe_token_ids,
+            logprobs=tuple(float(value) for value in logprobs),
+            tolerance=_PROBE_TOLERANCE[self._dtype],
+        )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port: int = probe.getsockname()[1]
+        return port

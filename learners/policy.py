@@ -1,0 +1,111 @@
+"""The policy as the learner holds it: a Hugging Face model with fp32 master weights, and how it scores completions.
+
+**Precision.** Weights, gradients, Adam's moments and the reference are fp32 whatever `dtype` says. With bfloat16 the
+forward and backward passes run under autocast, so matrix products take bf16 inputs while norms, softmax and the
+vocabulary's log-sum-exp stay fp32. At the learning rates of preference optimization (about 5e-7) an update is far
+smaller than bf16's spacing (relative 4e-3): weights kept in bf16 would not move. Memory is the same 16 bytes a
+parameter as bf16 weights beside an fp32 copy.
+
+**Dropout** is off: a log-ratio between two networks thinned differently is noise.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from learners.logprobs import check_packing, plain_token_logprobs, token_logprobs
+from learners.packed import ATTENTION
+from orchestrator.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from learners.packed import PackedColumns
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_model(folder: str | Path) -> nn.Module:
+    """Load a causal language model from a folder in fp32: safetensors only, no remote code, dropout off.
+
+    Raises:
+        ModelError: the folder has no config, no safetensors, or an architecture that transformers does not know.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise ModelError(f"no config.json in {folder}; the learner needs a Hugging Face model folder")
+    try:
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        for name, value in vars(config).items():
+            if isinstance(value, float) and ("drop" in name):
+                setattr(config, name, 0.0)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load a causal language model from {folder}: {error}") from error
+    return model.eval()
+
+
+class Policy(nn.Module):
+    """A model and the way its log-probs are computed, packed where that is proved for this very model.
+
+    Args:
+        model: from `load_model`, on its device.
+        dtype: "float32" or "bfloat16", of the matrix products.
+        vocab_chunk: columns of the vocabulary whose logits exist at once.
+        activation_checkpointing: recompute layers in the backward pass.
+        seed: of the probe that proves packing.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, dtype: str, vocab_chunk: int, activation_checkpointing: bool = False, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.dtype = DTYPES[dtype]
+        self.vocab_chunk = vocab_chunk
+        self.device = next(model.parameters()).device
+        anyhow: Any = model
+        anyhow.set_attn_implementation(ATTENTION)
+        if activation_checkpointing:
+            # Models checkpoint their layers in training mode only; dropout is 0 by `load_model`.
+            anyhow.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.train()
+        self.packing_refused = check_packing(model, vocab_chunk=vocab_chunk, seed=seed)
+        """Why completions are scored in padded rows; None when they are packed."""
+        if self.packing_refused:
+            log.warning("padded instead of packed log-probs (slower, more memory): %s", self.packing_refused)
+
+    def forward(self, columns: PackedColumns) -> Tensor:
+        """Log-prob [C] (fp32) of each completion token; differentiable."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            if self.packing_refused is None:
+                return token_logprobs(self.model, columns, vocab_chunk=self.vocab_chunk)
+            return plain_token_logprobs(self.model, columns)
+
+    def parameters_by_name(self) -> dict[str, nn.Parameter]:
+        """The model's parameters, tied ones once."""
+        return dict(self.model.named_parameters())
+
+    @torch.no_grad()
+    def logprobs_with(self, parameters: Mapping[str, Tensor] | None, columns: PackedColumns) -> Tensor:
+        """Log-prob [C] under other parameters of the same architecture, or the live ones (None); no gradient."""
+        if parameters is None:
+            result: Tensor = self(columns)
+        else:
+            swapped = {f"model.{name}": tensor for name, tensor in parameters.items()}
+            result = torch.func.functional_call(self, swapped, (columns,))
+        return result
