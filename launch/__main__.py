@@ -1,0 +1,5 @@
+"""`python -m launch` is `agon`."""
+
+from launch.cli import main
+
+main()

@@ -1,0 +1,171 @@
+"""The command line. Every command loads what it needs when it runs, so that help and refusals come at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from orchestrator.errors import AgonError, ConfigError, UserError
+
+app = typer.Typer(
+    name="agon",
+    help="Online, iterative alignment of language models by self-play, on Ray and vLLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain text: help and errors read the same in a terminal, a pipe and a log
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="OVERRIDES", help="key=value, group=choice, or model=<folder or hub id>.", show_default=False
+    ),
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="Start from a complete config, such as RUN/config.yaml."),
+]
+
+
+class Guided(TyperCommand):
+    """A command whose help ends with the groups and keys of the configuration, read when it is asked for."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Writes the guide of `launch/guide.py` as it stands."""
+        from launch.guide import guide
+
+        formatter.write("\n" + guide())
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    """Handles what is not a command."""
+    if show_version:
+        typer.echo(f"agon {version('agon')}")
+    if context.invoked_subcommand is None:
+        raise typer.Exit
+
+
+@app.command(cls=Guided)
+def run(
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Go on with the run in this folder, with its own config.")
+    ] = None,
+) -> None:
+    """Start a run, or go on with one.
+
+    Without arguments a tiny model is made on this machine and learns column addition: no GPU, hub or account needed.
+    Whatever can be refused is refused before anything starts, with exit code 2.
+    """
+    from conf.compose import compose, compose_resumed
+
+    if resume is None:
+        composed = compose(overrides or [], config)
+    elif config is None:
+        composed = compose_resumed(resume, overrides or [])
+    else:
+        raise ConfigError("--config and --resume: a resumed run has its own config: give one of the two")
+    from launch.run import run as run_now
+
+    raise typer.Exit(run_now(composed, resume))
+
+
+@app.command("config", cls=Guided)
+def show_config(
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One list of {key, value, source}.")] = False,
+) -> None:
+    """Print the config a run would have, and where each value comes from."""
+    from conf.compose import explain
+    from launch.guide import annotated
+
+    settings = explain(overrides or [], config)
+    if as_json:
+        typer.echo(json.dumps([setting._asdict() for setting in settings], indent=2, ensure_ascii=False))
+    else:
+        typer.echo(annotated(settings))
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes with what they follow."""
+    from launch.guide import list_recipes
+
+    typer.echo(list_recipes())
+
+
+@app.command()
+def status(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One object.")] = False,
+) -> None:
+    """Say how far a run is and what it achieved."""
+    from launch.status import status as describe
+
+    typer.echo(describe(run_dir, as_json=as_json))
+
+
+@app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")],
+    iteration: Annotated[int | None, typer.Option(help="Which iteration's policy; the last one if not given.")] = None,
+) -> None:
+    """Write a policy as a Hugging Face folder, which transformers and vLLM load."""
+    from conf.compose import compose_resumed
+
+    compose_resumed(run_dir, [])  # refuses at once what holds no run; the next import takes seconds
+    from launch.export import export as write
+
+    typer.echo(write(run_dir, out, iteration))
+
+
+@app.command()
+def generate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model folder, such as `agon export` writes, or a cached hub id.")
+    ],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+) -> None:
+    """Print a model's answer to one prompt."""
+    from launch.model_files import find_model, inspect_model
+
+    folder = find_model(model, "MODEL")
+    inspect_model(folder)  # refuses at once what is no model; the next import takes seconds
+    from launch.generate import generate as answer
+
+    typer.echo(answer(str(folder), prompt, max_tokens=max_tokens, temperature=temperature, seed=seed))
+
+
+def main() -> None:
+    """Entry point. Exit code 2: the user can mend it; 1: the run failed; 130: interrupted."""
+    # A console script, unlike `python -m`, does not look for modules (`scorer.function`) in the folder it is called in.
+    # Last in line, so that a folder named `conf` or `tests` there hides nothing of ours.
+    sys.path.append(os.getcwd())
+    try:
+        app()
+    except AgonError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+
+
+if __name__ == "__main__":
+    main()

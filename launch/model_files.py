@@ -1,0 +1,220 @@
+"""What a model folder holds, read without loading it: `config.json`, safetensors headers, the tokenizer's files.
+
+A safetensors file begins with its table of tensors, so that a model of any size is inspected in milliseconds and
+nothing in it can run. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from conf.schema import ModelConfig
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+CAUSAL = ("CausalLM", "LMHeadModel")
+MAX_HEADER_BYTES = 100 << 20
+"""The format's own limit."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelShape:
+    """Sizes that decide what a model costs.
+
+    Example: ``ModelShape(num_parameters=494_032_768, num_layers=24, hidden_size=896, intermediate_size=4864,
+    kv_width=128, vocab_size=151_936, context=32_768)``
+    """
+
+    num_parameters: int
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    kv_width: int
+    """Key/value heads times the width of one: values a layer caches of one token, twice."""
+    vocab_size: int
+    """Rows of the embedding."""
+    context: int
+    """Longest sequence the model can read, tokens."""
+
+
+def tiny_shape(model: ModelConfig, vocab_size: int) -> ModelShape:
+    """The shape of the Llama that `model.tiny` describes."""
+    tiny, width = model.tiny, model.tiny.hidden_size
+    layer = 4 * width * width + 3 * width * tiny.intermediate_size + 2 * width
+    return ModelShape(
+        num_parameters=tiny.num_layers * layer + 2 * vocab_size * width + width,
+        num_layers=tiny.num_layers,
+        hidden_size=width,
+        intermediate_size=tiny.intermediate_size,
+        kv_width=width,
+        vocab_size=vocab_size,
+        context=model.max_length,
+    )
+
+
+def find_model(path: str, key: str = "model.path") -> Path:
+    """The folder of a model: itself, or the snapshot of a hub id, from the local cache or fetched into it.
+
+    Only configuration, tokenizer and safetensors are fetched; nothing is with HF_HUB_OFFLINE=1.
+
+    Args:
+        path: A folder or a hub id.
+        key: What the user gave it as, for messages.
+
+    Raises:
+        ModelError: neither is there, or the hub does not give it.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ModelError(f"{key}={path}: a file; name the folder that holds config.json and the weights")
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise ModelError(f"{key}={path}: no such folder (looked for {folder.absolute()})")
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        with suppress(LocalEntryNotFoundError):
+            return Path(snapshot_download(path, local_files_only=True))
+        return Path(snapshot_download(path, allow_patterns=_FETCHED))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise ModelError(
+            f"{key}={path}: no such folder (looked for {folder.absolute()}), no hub model of that name in the cache"
+            f" {constants.HF_HUB_CACHE}, and the hub does not give it ({str(error).splitlines()[0]}): correct the path,"
+            f" log in (hf auth login), or fetch it once where there is a network: hf download {path}"
+        ) from error
+
+
+def inspect_model(folder: Path) -> ModelShape:
+    """Checks that a folder holds a causal language model with safetensors and a tokenizer.
+
+    Raises:
+        ModelError: what is missing or wrong; everything that was found, a line each.
+    """
+    config: Mapping[str, Any] = {}
+    num_parameters = 0
+    complaints = []
+    try:
+        config = _read_config(folder)
+    except ModelError as error:
+        complaints.append(str(error))
+    try:
+        num_parameters = _count_parameters(folder)
+    except ModelError as error:
+        complaints.append(str(error))
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        complaints.append(
+            f"{folder}: no tokenizer (none of {', '.join(TOKENIZER_FILES)}): copy the tokenizer files of the model it"
+            " was trained from, or write them with tokenizer.save_pretrained(folder)"
+        )
+    if complaints:
+        raise ModelError("\n".join(complaints))
+    return _shape(config, num_parameters)
+
+
+def _read_config(folder: Path) -> Mapping[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file: model.path must name a folder in the Hugging Face layout")
+    config = read_json(path)
+    architectures = config.get("architectures") or []
+    if architectures and not any(name.endswith(CAUSAL) for name in architectures):
+        raise ModelError(f"{path}: architectures is {', '.join(architectures)}, not a causal language model")
+    if "auto_map" in config and "model_type" not in config:
+        raise ModelError(f"{path}: needs code that comes with the model (auto_map), which is never run here")
+    return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ModelError with the line for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: cannot be read ({error})") from error
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: expected a JSON object")
+    return value
+
+
+def _count_parameters(folder: Path) -> int:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        shards = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+    elif (folder / "model.safetensors").is_file():
+        shards = ["model.safetensors"]
+    else:
+        raise ModelError(_no_weights(folder))
+    missing = [name for name in shards if not (folder / name).is_file()]
+    if missing or not shards:
+        raise ModelError(f"{index}: names {len(missing)} files that are missing, the first {missing[:1]}: fetch them")
+    return sum(math.prod(shape) for name in shards for shape in read_header(folder / name).values())
+
+
+def _no_weights(folder: Path) -> str:
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        return (
+            f"{folder}: weights only as pickle ({', '.join(pickles[:3])}), which can run code when loaded and is never"
+            ' read here. Convert once, if you trust them: python -c "from transformers import AutoModelForCausalLM as'
+            f" M; M.from_pretrained('{folder}').save_pretrained('{folder}')\""
+        )
+    if (folder / "adapter_model.safetensors").is_file():
+        return f"{folder}: holds a LoRA adapter, not a model: merge it into its base model first"
+    return f"{folder}: no weights (model.safetensors, or model.safetensors.index.json with its shards)"
+
+
+def read_header(path: Path) -> dict[str, list[int]]:
+    """Names and shapes of the tensors in a safetensors file. Raises ModelError when it is damaged or cut short."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if start == b"version ":
+            raise ModelError(f"{path}: a git-lfs pointer instead of the weights: run git lfs pull in that folder")
+        if len(start) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise ModelError(f"{path}: not a safetensors file, or cut short ({size} bytes): fetch it again")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            shapes = {name: [int(size) for size in tensor["shape"]] for name, tensor in header.items()}
+            end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            raise ModelError(f"{path}: its safetensors header is damaged ({error!r}): fetch it again") from error
+    if not shapes or end != size:
+        raise ModelError(f"{path}: {size} bytes, but its header promises {end}: cut short; fetch it again")
+    return shapes
+
+
+def _shape(config: Mapping[str, Any], num_parameters: int) -> ModelShape:
+    """Sizes under the names that model families give them; 0 where none is known."""
+    text = {**config, **config.get("text_config", {})}
+
+    def find(*names: str, default: int = 0) -> int:
+        return next((int(text[name]) for name in names if text.get(name) is not None), default)
+
+    width, heads = find("hidden_size", "n_embd", "d_model"), find("num_attention_heads", "n_head", default=1)
+    kv_heads, head = find("num_key_value_heads", default=heads), find("head_dim", default=width // heads)
+    return ModelShape(
+        num_parameters=num_parameters,
+        num_layers=find("num_hidden_layers", "n_layer", "num_layers"),
+        hidden_size=width,
+        intermediate_size=find("intermediate_size", "n_inner", "ffn_dim", default=4 * width),
+        kv_width=kv_heads * head,
+        vocab_size=find("vocab_size"),
+        context=find("max_position_embeddings", "n_positions", "n_ctx"),
+    )

@@ -1,0 +1,164 @@
+"""From a configuration to running actors: who gets which cores and devices."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from actors.generator import Generator
+from actors.scorer import ScorerActor
+from conf.validate import cpus_needed
+from learners.learner import Learner
+from orchestrator.pools import ActorPool
+from orchestrator.queues import BatchQueue
+from orchestrator.remote import fetch
+from orchestrator.rollouts import Roles
+from orchestrator.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from conf.schema import Config
+
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def start_ray(config: Config) -> None:
+    """Joins the cluster at `cluster.address`, or starts a Ray of this run's own on this machine."""
+    os.environ |= _QUIET
+    with _signals_held():
+        _init_ray(config)
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """A signal that comes while Ray starts is answered when it is up: half a Ray cannot be shut down.
+
+    Handlers are put back afterwards: Ray takes SIGTERM, and would end the process before it can write its summary.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
+
+
+def _init_ray(config: Config) -> None:
+    cluster = config.cluster
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    if cluster.address is not None:
+        ray.init(address=cluster.address, **quiet)
+        return
+    cores = cluster.num_cpus or max(os.cpu_count() or 1, math.ceil(cpus_needed(config)))
+    ray.init(
+        address="local",
+        _node_ip_address="127.0.0.1",  # nobody else's business
+        num_cpus=cores,
+        object_store_memory=cluster.object_store_mb << 20,
+        include_dashboard=False,
+        **quiet,
+    )
+
+
+def start_roles(config: Config, *, model_dir: str, probe_token_ids: tuple[int, ...]) -> Roles:
+    """Starts all actors at once and waits until each is up.
+
+    Args:
+        config: the run.
+        model_dir: Hugging Face folder of the initial policy.
+        probe_token_ids: a sequence that generators and learner must agree on after each publication.
+
+    Raises:
+        DeadlineError: one is not up in time.
+        PoolError: a generator or scorer died while starting.
+        ActorLostError: the learner did.
+    """
+    learner = _start_learner(config, model_dir, probe_token_ids)
+    generators: ActorPool[Any, Any] = ActorPool(
+        role="generator",
+        make=lambda index: _start_generator(config, model_dir, index),
+        num_actors=config.generator.num_actors,
+        restarts=config.generator.restarts,
+        start_deadline_s=config.generator.start_deadline_s,
+    )
+    scorers: ActorPool[Any, Any] = ActorPool(
+        role="scorer",
+        make=lambda index: _start_scorer(config, index),
+        num_actors=config.scorer.num_actors,
+        restarts=config.scorer.restarts,
+        start_deadline_s=config.scorer.start_deadline_s,
+    )
+    queue = BatchQueue.create(config.pipeline.queue_capacity)
+    generators.wait_ready()
+    scorers.wait_ready()
+    deadline_s = config.learner.start_deadline_s
+    fetch(learner.ready.remote(), what="learner: start", deadline_s=deadline_s, knob="learner.start_deadline_s")
+    return Roles(generators=generators, scorers=scorers, learner=learner, queue=queue)
+
+
+def _start_generator(config: Config, model_dir: str, index: int) -> Any:
+    generator, model = config.generator, config.model
+    options = {
+        "model_dir": model_dir,
+        "dtype": model.dtype,
+        "max_length": model.max_length,
+        "max_num_seqs": generator.max_num_seqs,
+        "kv_cache_mb": generator.kv_cache_mb,
+        "gpu_memory_utilization": generator.gpu_memory_utilization,
+        "tensor_parallel_size": generator.tensor_parallel_size,
+        "weight_transport": config.cluster.weight_transport,
+        "seed": derive_seed(config.seed, "generator", index),
+    }
+    threads = max(1, int(generator.cpus_per_actor))
+    actor = ray.remote(Generator).options(
+        num_cpus=generator.cpus_per_actor, num_gpus=generator.gpus_per_actor, runtime_env=_environment(threads)
+    )
+    return actor.remote(f"generator-{index}", generator.kind, options)
+
+
+def _start_scorer(config: Config, index: int) -> Any:
+    actor = ray.remote(ScorerActor).options(num_cpus=config.scorer.cpus_per_actor, runtime_env=_environment(1))
+    return actor.remote(f"scorer-{index}", config.scorer)
+
+
+def _start_learner(config: Config, model_dir: str, probe_token_ids: tuple[int, ...]) -> Any:
+    learner = config.learner
+    actor = ray.remote(Learner).options(
+        num_cpus=learner.cpus,
+        num_gpus=learner.gpus,
+        max_concurrency=2,
+        runtime_env=_environment(learner.num_threads),
+    )
+    return actor.remote(
+        model_dir=model_dir,
+        dtype=config.model.dtype,
+        loss=config.loss,
+        reference=config.reference,
+        learner=learner,
+        keep_initial=config.evaluation.kl_prompts > 0,
+        probe_token_ids=probe_token_ids,
+        weight_transport=config.cluster.weight_transport,
+        workers_per_receiver=config.generator.tensor_parallel_size,
+        seed=derive_seed(config.seed, "learner"),
+    )
+
+
+def _environment(threads: int) -> dict[str, Any]:
+    """Environment of an actor's process: thread pools are sized before their libraries are loaded."""
+    return {"env_vars": {**_QUIET, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}}

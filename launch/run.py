@@ -1,0 +1,265 @@
+"""`agon run`: from a configuration to a finished run folder.
+
+    preflight -> run folder -> initial model -> Ray and actors -> controller -> exported model -> summary.json
+
+Everything before the run folder may refuse, and then nothing was written. Everything after it ends in `summary.json`,
+whatever happens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import shutil
+import signal
+import sys
+import time
+import traceback
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conf.compose import compose, flatten, resolved_yaml
+from launch.children import children, end_children
+from launch.console import make_console
+from launch.initial_model import prepare_initial_model
+from launch.preflight import preflight
+from orchestrator.errors import AgonError, ConfigError
+from orchestrator.files import atomic_file
+from orchestrator.ledger import Ledger, RunStatus
+from orchestrator.runlock import RunLock
+from orchestrator.summary import build_summary, write_summary
+from orchestrator.tracking import JsonlTracker, RunInfo, Tracker, Trackers
+from orchestrator.wandb_tracker import WandbTracker
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from conf.schema import Config
+    from launch.preflight import Inputs
+
+_MAY_CHANGE = (
+    # How long, and what is kept.
+    *("run_dir", "pipeline.iterations", "pipeline.keep_checkpoints", "generator.restarts", "scorer.restarts"),
+    # What it takes of the machine: changes no more than the last bits of a log-prob.
+    *("generator.num_actors", "generator.kv_cache_mb", "generator.max_num_seqs", "generator.gpu_memory_utilization"),
+    *("learner.num_threads", "learner.micro_batch_tokens", "learner.vocab_chunk", "learner.activation_checkpointing"),
+)
+_STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
+def run(config: Config, resume: Path | None = None) -> int:
+    """Runs or resumes, and returns the exit code: 0 finished, 1 failed, 130 interrupted.
+
+    Raises:
+        UserError: something was refused; nothing was written.
+    """
+    config = _with_absolute_paths(config)
+    inputs = preflight(config, resume=resume)
+    run_dir = inputs.run_dir
+    with RunLock(run_dir), Ledger(run_dir) as ledger:
+        if resume is not None:
+            _check_unchanged(config, run_dir / "config.yaml")
+        with atomic_file(run_dir / "config.yaml") as file:
+            file.write(resolved_yaml(replace(config, run_dir=None)).encode())
+        ledger.begin(
+            recipe=config.recipe.name,
+            seed=config.seed,
+            config_hash=_identity(config),
+            iterations=config.pipeline.iterations,
+        )
+        return Run(config, inputs, ledger).go()
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """Files by their whole path, so that a run can be resumed and exported from any folder."""
+
+    def whole(path: str | None) -> str | None:
+        return str(Path(path).absolute()) if path is not None and Path(path).exists() else path
+
+    model = replace(config.model, path=whole(config.model.path))
+    task = replace(config.task, path=whole(config.task.path), test_path=whole(config.task.test_path))
+    return replace(config, model=model, task=task)
+
+
+def _lasting(config: Config) -> dict[str, Any]:
+    """The settings that make a run the run it is: those that may not change when it is resumed."""
+    settings = flatten(asdict(config))
+    return {
+        key: value
+        for key, value in settings.items()
+        if not (key in _MAY_CHANGE or key.startswith(("cluster.", "tracking.")) or key.endswith("deadline_s"))
+    }
+
+
+def _identity(config: Config) -> str:
+    """Of the lasting settings and of the prompt files: other prompts under the same name make another run."""
+    digest = hashlib.sha256(json.dumps(_lasting(config)).encode())
+    for path in (config.task.path, config.task.test_path):
+        if path is not None:
+            digest.update(Path(path).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _check_unchanged(config: Config, path: Path) -> None:
+    before, now = _lasting(compose([], path)), _lasting(config)
+    if changed := [f"{key}={now[key]} (was {before[key]})" for key in before if before[key] != now[key]]:
+        raise ConfigError(
+            f"{', '.join(changed)}: cannot change when a run is resumed; start a new run from its config instead:"
+            f" agon run --config {path} run_dir=... {changed[0].partition(' ')[0]}"
+        )
+
+
+class Run:
+    """One process's work on a run folder."""
+
+    def __init__(self, config: Config, inputs: Inputs, ledger: Ledger) -> None:
+        self._config = config
+        self._inputs = inputs
+        self._ledger = ledger
+        self._run_dir = inputs.run_dir
+        console = make_console(config.tracking.console)
+        wandb = WandbTracker(config.tracking, notify=console.message)
+        self._tracker: Tracker = Trackers([JsonlTracker(), wandb, console])
+        self._seconds: dict[str, float] = {}
+        self._children_before = children()
+
+    def go(self) -> int:
+        """Runs to the end, to an error or to a signal; leaves `summary.json` in each case."""
+        status = RunStatus.FAILED
+        error: str | None = "the process ended without a word"
+        try:
+            with _signals_interrupt():
+                self._run()
+            status, error = RunStatus.FINISHED, None
+        except KeyboardInterrupt:
+            status, error = RunStatus.INTERRUPTED, None
+        except Exception as failure:  # noqa: BLE001 - whatever it was is recorded, shown, and ends in exit code 1
+            error = str(failure) if isinstance(failure, AgonError) else traceback.format_exc()
+        finally:
+            with _signals_ignored(), ExitStack() as last:  # each of these is done whatever the others raise
+                last.callback(end_children, self._children_before)
+                last.callback(self._tracker.finish, status)
+                last.callback(self._write_summary)
+                last.callback(self._ledger.end, status, error)
+                last.callback(self._shut_down_ray)
+        return self._say_goodbye(status, error)
+
+    def _run(self) -> None:
+        self._write_summary()  # and again with each iteration: it is there even when this process is killed
+        config, finished = self._config, self._ledger.finished()
+        self._tracker.start(
+            RunInfo(
+                recipe=config.recipe.name,
+                seed=config.seed,
+                run_dir=self._run_dir,
+                iterations=config.pipeline.iterations,
+                start_iteration=finished[-1].iteration + 1 if finished else 0,
+                config=asdict(config),
+            )
+        )
+        with self._stage("warm start"):
+            model_dir = prepare_initial_model(config, self._run_dir, self._show_warm_start)
+        with self._stage("start"):
+            from launch.wiring import build_context
+            from orchestrator.controller import Controller
+
+            context = build_context(config, self._inputs, model_dir, ledger=self._ledger, tracker=self._tracker)
+        Controller(context).run(finished)
+        with self._stage("export"):
+            from launch.export import export
+
+            export(self._run_dir, self._run_dir / "model", replace=True)
+
+    def _write_summary(self) -> None:
+        write_summary(self._run_dir, build_summary(self._ledger, seconds=self._seconds))
+
+    def _shut_down_ray(self) -> None:
+        # Imported when the actors were: a run that stops before needs no Ray to be shut down.
+        if ray := sys.modules.get("ray"):
+            ray.shutdown()
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        self._tracker.stage(0, name)
+        start = time.monotonic()
+        yield
+        self._seconds[name.replace(" ", "_")] = time.monotonic() - start
+
+    def _show_warm_start(self, step: int, total: int, loss: float, accuracy: float) -> None:
+        self._tracker.progress("warm start", step, total, 0)
+
+    def _say_goodbye(self, status: RunStatus, error: str | None) -> int:
+        """The last lines: what happened, where it is, what to do next."""
+        folder, agon = _shown(self._run_dir), _command()
+        if status is RunStatus.FINISHED:
+            _say(f"accuracy        {_headline(build_summary(self._ledger)['accuracy'])}")
+            _say(f"run folder      {folder}  (summary.json, metrics.jsonl, rollouts/, pairs/)")
+            _say(f"exported model  {folder / 'model'}")
+            _say(f"next            {agon} generate {folder / 'model'} {shlex.quote(_example(self._inputs))}")
+            _say(f"                {agon} status {folder}")
+            return 0
+        finished = self._ledger.resume_point()
+        done = f"iteration {finished.iteration} is finished" if finished else "no iteration was finished"
+        if status is RunStatus.INTERRUPTED:
+            _say(f"interrupted: {done}; go on with: {agon} run --resume {folder}", sys.stderr)
+            return 130
+        _say(f"error: {error}", sys.stderr)
+        _say(f"{done}. Once the cause is mended, go on with: {agon} run --resume {folder}", sys.stderr)
+        _say(f"With other settings: {agon} run --config {folder / 'config.yaml'} key=value", sys.stderr)
+        return 1
+
+
+def _headline(accuracy: dict[str, Any]) -> str:
+    """``greedy 67.4% -> 99.1%, sampled 32.5% -> 86.0% (1,024 held-out problems)``."""
+    start, end = accuracy["start"], accuracy["end"]
+    if not end["greedy"]:
+        return "no iteration was evaluated"
+    shown = ", ".join(f"{kind} {start[kind]['value']:.1%} -> {end[kind]['value']:.1%}" for kind in end)
+    return f"{shown} ({end['greedy']['n']:,} held-out problems)"
+
+
+def _command() -> str:
+    """How to call this program again: by its name where that is found, else as it was called."""
+    if shutil.which("agon"):
+        return "agon"
+    return f"{sys.executable} -m launch" if sys.argv[0].endswith("__main__.py") else sys.argv[0]
+
+
+def _shown(folder: Path) -> Path:
+    """As short as it can be typed from here."""
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+
+
+def _say(text: str, stream: Any = None) -> None:
+    print(text, file=stream or sys.stdout, flush=True)
+
+
+def _example(inputs: Inputs) -> str:
+    """A held-out problem to try the model on."""
+    content = inputs.task.test(1)[0].content
+    return content.strip() if isinstance(content, str) else content[-1].content
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM stops a run as ctrl-C does: cluster jobs are stopped that way."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in _STOPS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _signals_ignored() -> Iterator[None]:
+    """A second ctrl-C must not break the writing of the summary."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in _STOPS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,69 @@
+"""Puts the parts of a run together."""
+
+from __future__ import annotations
+
+from itertools import chain, islice
+from typing import TYPE_CHECKING
+
+from launch.placement import start_ray, start_roles
+from orchestrator.context import Context
+from orchestrator.publisher import Publisher
+from orchestrator.remote import fetch
+from orchestrator.rollouts import Rollouts
+from orchestrator.store import Store
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from conf.schema import Config
+    from launch.preflight import Inputs
+    from orchestrator.ledger import Ledger
+    from orchestrator.rollouts import Roles
+    from orchestrator.tracking import Tracker
+
+_ANSWER_S = 60.0
+PROBE_TOKENS = 64
+"""Longest probe: enough for every layer to matter, cheap beside a publication."""
+
+
+def build_context(config: Config, inputs: Inputs, model_dir: Path, *, ledger: Ledger, tracker: Tracker) -> Context:
+    """Starts Ray and all actors, and connects them.
+
+    Raises:
+        AgonError: an actor did not start.
+    """
+    probe = _probe([prompt.token_ids for prompt in inputs.test_prompts], min(PROBE_TOKENS, config.model.max_length))
+    start_ray(config)
+    roles = start_roles(config, model_dir=str(model_dir), probe_token_ids=probe)
+    _warn_of_padding(roles, tracker)
+    return Context(
+        config=config,
+        run_dir=inputs.run_dir,
+        roles=roles,
+        rollouts=Rollouts(roles, config, tracker),
+        publisher=Publisher(roles, config.cluster.publish_deadline_s),
+        prompts=inputs.prompts,
+        test_prompts=inputs.test_prompts,
+        store=Store(inputs.run_dir),
+        ledger=ledger,
+        tracker=tracker,
+    )
+
+
+def _warn_of_padding(roles: Roles, tracker: Tracker) -> None:
+    refused = fetch(
+        roles.learner.packing_refused.remote(),
+        what="learner: its packing",
+        deadline_s=_ANSWER_S,
+        knob="learner.start_deadline_s",
+    )
+    if refused:
+        tracker.message(
+            f"the learner pads this model's sequences instead of packing them ({refused}): slower, and whole logits of"
+            " a micro-batch are held; lower learner.micro_batch_tokens if memory runs short"
+        )
+
+
+def _probe(prompts: list[tuple[int, ...]], length: int) -> tuple[int, ...]:
+    """Tokens of held-out prompts, end to end, at most `length` of them."""
+    return tuple(islice(chain.from_iterable(prompts), length))
