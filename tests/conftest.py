@@ -1,0 +1,23 @@
+"""What all tests share: no network, no hub, one small Ray."""
+
+import os
+
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "WANDB_MODE": "offline",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def ray_cluster():
+    """A Ray of the test module's own, with more logical CPUs than the machine may have."""
+    import ray
+
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()

@@ -1,0 +1,131 @@
+"""Many callers share one engine; an engine that dies fails all of them, and none waits forever."""
+
+import pytest
+
+from actors.engine_loop import EngineLoop
+from orchestrator.errors import PublicationError
+from orchestrator.types import FinishReason, GenerationRequest, PolicyVersion, SamplingParams
+from tests.fakes import CountingEngine
+
+VERSION = PolicyVersion(number=1, digest="0" * 16)
+
+
+def request(name, max_tokens=3, prompt=(1,)):
+    return GenerationRequest(id=name, prompt_token_ids=prompt, sampling=SamplingParams(max_tokens=max_tokens), seed=0)
+
+
+@pytest.fixture
+def loop():
+    loop = EngineLoop(CountingEngine())
+    loop.version = VERSION
+    yield loop
+    loop.stop()
+
+
+def engine_of(loop):
+    return loop._engine
+
+
+def test_answers_come_in_the_order_of_the_requests(loop):
+    lengths = [5, 1, 3, 2, 4]
+    completions = loop.submit([request(f"r{i}", n) for i, n in enumerate(lengths)]).result(5)
+    assert [len(completion.token_ids) for completion in completions] == lengths
+    assert {completion.policy for completion in completions} == {VERSION}
+    assert loop.generated_tokens == sum(lengths)
+
+
+def test_a_wave_joins_the_batch_together(loop):
+    loop.submit([request("a", 2), request("b", 2)]).result(5)
+    assert engine_of(loop).batches == [["a", "b"], ["a", "b"]]
+
+
+def test_callers_share_batches(loop):
+    hold = loop.call(lambda engine: [loop.submit([request(f"c{i}", 50)]) for i in range(3)])
+    for future in hold.result(5):
+        assert len(future.result(5)[0].token_ids) == 50
+    assert ["c0", "c1", "c2"] in engine_of(loop).batches
+
+
+def test_calls_run_between_steps_while_requests_run(loop):
+    wave, count = loop.call(
+        lambda engine: (loop.submit([request("long", 200)]), loop.call(lambda engine: len(engine.batches)))
+    ).result(5)
+    assert count.result(5) < 200
+    assert len(wave.result(5)[0].token_ids) == 200
+
+
+def test_a_refused_request_fails_its_wave_only(loop):
+    good = loop.submit([request("good", 100)])
+    bad = loop.submit([request("x"), request("empty", prompt=())])
+    with pytest.raises(ValueError, match="empty prompt"):
+        bad.result(5)
+    assert len(good.result(5)[0].token_ids) == 100
+    assert len(loop.submit([request("x")]).result(5)) == 1, "the wave's other request was taken back"
+
+
+def test_the_same_id_twice_is_refused(loop):
+    with pytest.raises(ValueError, match="already in flight"):
+        loop.submit([request("twice"), request("twice")]).result(5)
+
+
+def test_an_error_in_a_call_reaches_its_caller_only(loop):
+    with pytest.raises(ZeroDivisionError):
+        loop.call(lambda engine: 1 / 0).result(5)
+    assert loop.submit([]).result(5) == []
+
+
+def test_a_dying_engine_fails_everybody(loop):
+    engine_of(loop).fail_at_step = 0
+    waves = [loop.submit([request(f"w{i}")]) for i in range(2)]
+    for wave in waves:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            wave.result(5)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        loop.submit([request("later")]).result(5)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        loop.call(lambda engine: 1).result(5)
+
+
+def test_its_owner_is_told_when_the_engine_dies():
+    engine, told = CountingEngine(), []
+    engine.fail_at_step = 0
+    loop = EngineLoop(engine, on_failure=told.append)
+    loop.version = VERSION
+    with pytest.raises(RuntimeError, match="out of memory"):
+        loop.submit([request("a")]).result(5)
+    loop.stop()
+    assert [str(error) for error in told] == ["out of memory"]
+
+
+def test_aborted_requests_come_back_empty_and_the_others_go_on(loop):
+    wave, _ = loop.call(
+        lambda engine: (loop.submit([request("a", 10**9), request("b", 5)]), loop.abort(["a", "unknown"]))
+    ).result(5)
+    given_up, done = wave.result(5)
+    assert (given_up.finish_reason, given_up.token_ids) == (FinishReason.ABORTED, ())
+    assert len(done.token_ids) == 5
+
+
+def test_nothing_is_answered_before_weights_are_published():
+    loop = EngineLoop(CountingEngine())
+    with pytest.raises(PublicationError, match="no published weights"):
+        loop.submit([request("early", 1)]).result(5)
+
+
+def test_weights_that_fail_in_flight_fail_what_runs(loop):
+    def break_weights(engine):
+        loop.version = None
+
+    wave, _ = loop.call(lambda engine: (loop.submit([request("a", 5)]), loop.call(break_weights))).result(5)
+    with pytest.raises(PublicationError, match="no published weights"):
+        wave.result(5)
+
+
+def test_stop_closes_the_engine_and_fails_what_runs():
+    loop = EngineLoop(CountingEngine())
+    loop.version = VERSION
+    wave = loop.submit([request("endless", 10**9)])
+    loop.stop()
+    with pytest.raises(RuntimeError, match="stopped"):
+        wave.result(5)
+    assert engine_of(loop).closed

@@ -1,0 +1,117 @@
+"""What the ledger says is finished is on disk, and can be read by others meanwhile."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+
+import pytest
+
+from orchestrator.errors import ConfigError, DataError
+from orchestrator.ledger import Ledger, LedgerReader, RunStatus
+from tests.records import V0, V1
+
+RUN = {"recipe": "iterative_dpo", "seed": 3, "config_hash": "abc", "iterations": 8}
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    with Ledger(tmp_path) as made:
+        made.begin(**RUN)
+        yield made
+
+
+def test_resume_starts_behind_the_last_finished_iteration(ledger, tmp_path):
+    assert ledger.resume_point() is None
+    ledger.finish_iteration(0, version=V0, cursor=0, checkpoint=None, metrics={"eval/greedy_value": 0.5})
+    ledger.finish_iteration(1, version=V1, cursor=128, checkpoint="checkpoints/iteration-0001", metrics={})
+    ledger.start_phase(2, "collect")
+    with Ledger(tmp_path) as again:
+        again.begin(**RUN)
+        last = again.resume_point()
+        assert (last.iteration, last.version, last.cursor) == (1, V1, 128)
+        assert last.checkpoint == "checkpoints/iteration-0001"
+        assert [done.version for done in again.finished()] == [V0, V1]
+        assert again.finished()[0].metrics == {"eval/greedy_value": 0.5}
+
+
+def test_an_iteration_is_promoted_once(ledger):
+    ledger.finish_iteration(1, version=V0, cursor=1, checkpoint=None, metrics={})
+    with pytest.raises(sqlite3.IntegrityError):
+        ledger.finish_iteration(1, version=V1, cursor=2, checkpoint=None, metrics={})
+    assert ledger.resume_point().version == V0
+
+
+def test_phases(ledger):
+    ledger.start_phase(1, "collect")
+    ledger.finish_phase(1, "collect", tokens=40)
+    ledger.start_phase(1, "train")
+    collect, train = ledger.phases()
+    assert (collect.phase, collect.tokens, collect.seconds >= 0) == ("collect", 40, True)
+    assert (train.finished, train.seconds) == (None, 0.0)
+    ledger.start_phase(1, "collect")
+    assert [(p.phase, p.tokens, p.finished) for p in ledger.phases()] == [("train", 0, None), ("collect", 0, None)]
+
+
+def test_another_process_reads_while_the_run_goes_on(ledger, tmp_path):
+    ledger.start_phase(1, "collect")
+    code = (
+        "import sys; from pathlib import Path; from orchestrator.ledger import LedgerReader\n"
+        "with LedgerReader(Path(sys.argv[1])) as ledger: print(ledger.run().status, ledger.phases()[0].phase)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert found.stdout.split() == ["running", "collect"]
+
+
+def test_readers_cannot_write(ledger, tmp_path):
+    with LedgerReader(tmp_path) as reader, pytest.raises(sqlite3.OperationalError, match="readonly"):
+        reader._db.execute("DELETE FROM run")
+
+
+def test_what_was_finished_survives_a_kill(tmp_path):
+    code = (
+        "import os, signal, sys; from pathlib import Path; from orchestrator.ledger import Ledger\n"
+        "from tests.records import V0\n"
+        "ledger = Ledger(Path(sys.argv[1])); ledger.begin(recipe='r', seed=0, config_hash='h', iterations=2)\n"
+        "ledger.finish_iteration(1, version=V0, cursor=5, checkpoint=None, metrics={})\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    root = os.path.dirname(os.path.dirname(__file__))
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=root, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    with Ledger(tmp_path) as ledger:
+        assert ledger.run().status is RunStatus.RUNNING
+        assert ledger.resume_point().cursor == 5
+
+
+def test_how_it_ended_is_forgotten_when_it_goes_on(ledger):
+    ledger.end(RunStatus.FAILED, "generator.deadline_s ran out")
+    assert (ledger.run().status, ledger.run().error) == (RunStatus.FAILED, "generator.deadline_s ran out")
+    started = ledger.run().started
+    ledger.begin(**RUN)
+    run = ledger.run()
+    assert (run.status, run.error, run.ended, run.started) == (RunStatus.RUNNING, None, None, started)
+
+
+def test_another_configuration_is_refused(ledger):
+    with pytest.raises(ConfigError, match=r"hash abc; now xyz.*choose another run_dir"):
+        ledger.begin(**RUN | {"config_hash": "xyz"})
+
+
+def test_bad_files_are_refused(tmp_path):
+    with pytest.raises(DataError, match="not a readable ledger"):
+        LedgerReader(tmp_path)
+    (tmp_path / "ledger.sqlite").write_bytes(b"no database at all" * 100)
+    with pytest.raises(DataError, match="not a readable ledger"):
+        Ledger(tmp_path)
+
+
+def test_another_schema_is_refused(tmp_path):
+    Ledger(tmp_path).close()
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as db:
+        db.execute("UPDATE schema SET version = 99")
+    with pytest.raises(DataError, match="schema version 99, expected 1"):
+        Ledger(tmp_path)

@@ -1,0 +1,203 @@
+"""Log-probs and their gradients do not depend on packing, padding, prompt sharing or vocabulary chunks."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import FalconConfig, Gemma2Config, MambaConfig
+
+from learners.logprobs import ChunkedLogprobs, check_packing, plain_token_logprobs, token_logprobs
+from learners.packed import ATTENTION, plan_packing
+from learners.policy import Policy
+from orchestrator.batching import pack_sequences
+from tests.learning import CONFIGS, VOCAB, make_model
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Matrices this small are slower on several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@cache
+def packed_model(name, device="cpu"):
+    model = make_model(name).to(device)
+    model.set_attn_implementation(ATTENTION)
+    return model
+
+
+@st.composite
+def packed_columns(draw):
+    """Up to four prompts with up to four completions, of lengths 1 to 20."""
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+
+    def tokens(longest):
+        return tuple(random.integers(0, VOCAB, draw(st.integers(1, longest))).tolist())
+
+    sequences = []
+    for _ in range(draw(st.integers(1, 4))):
+        prompt = tokens(20)
+        sequences += [(prompt, tokens(20)) for _ in range(draw(st.integers(1, 4)))]
+    return pack_sequences(sequences)[0]
+
+
+def gradients(model, logprobs):
+    model.zero_grad()
+    (logprobs * torch.linspace(-1, 1, len(logprobs), device=logprobs.device)).sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@given(columns=packed_columns(), vocab_chunk=st.sampled_from([1, 7, 60, 61, 1000]))
+@settings(max_examples=20, deadline=None)
+def test_packed_equals_plain_with_gradients(name, columns, vocab_chunk):
+    model = packed_model(name)
+    packed = token_logprobs(model, columns, vocab_chunk=vocab_chunk)
+    plain = plain_token_logprobs(model, columns)
+    torch.testing.assert_close(packed, plain, atol=1e-5, rtol=1e-5)
+    expected = gradients(model, plain)
+    for parameter, gradient in gradients(model, packed).items():
+        scale = max(1.0, float(expected[parameter].abs().max()))
+        assert float((gradient - expected[parameter]).abs().max()) <= 1e-5 * scale, parameter
+
+
+def test_plain_equals_one_sequence_at_a_time():
+    """The reference itself, against a forward without any padding or mask."""
+    model = packed_model("llama")
+    sequences = [((5, 6, 7), (8, 9)), ((5, 6, 7), (3,)), ((2,), (4, 4, 4, 1))]
+    columns, _ = pack_sequences(sequences)
+    alone = []
+    for prompt, completion in sequences:
+        ids = torch.tensor([prompt + completion])
+        logprobs = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)[0]
+        alone += [logprobs[place - 1, ids[0, place]] for place in range(len(prompt), ids.shape[1])]
+    torch.testing.assert_close(plain_token_logprobs(model, columns), torch.stack(alone))
+
+
+def test_packing_layout_of_the_docstring():
+    columns, _ = pack_sequences([((4, 5), (6,)), ((4, 5), (7, 8))])
+    packing = plan_packing(columns, torch.device("cpu"))
+    assert packing.positions.tolist() == [[0, 1, 2, 2, 3]]
+    assert [rows.tolist() for rows in packing.rows] == [[[0, 1, 3, 4], [0, 1, 2, 0]]]
+
+
+def test_rows_of_different_length_do_not_share_a_bucket():
+    columns, _ = pack_sequences([((1,), (2,) * 39), ((1,), (2,) * 38), ((1,), (2, 3))])
+    packing = plan_packing(columns, torch.device("cpu"))
+    assert [tuple(rows.shape) for rows in packing.rows] == [(2, 40), (1, 3)]
+
+
+@given(
+    rows=st.integers(1, 5),
+    vocabulary=st.integers(1, 9),
+    chunk=st.integers(1, 11),
+    bias=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None)
+def test_chunked_logprobs_with_gradients(rows, vocabulary, chunk, bias, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def leaf(*shape):
+        return (3 * torch.randn(shape, generator=generator)).requires_grad_()
+
+    leaves = [leaf(rows, 4), leaf(vocabulary, 4)] + ([leaf(vocabulary)] if bias else [])
+    hidden, weight, offset = (*leaves, None)[:3]
+    targets = torch.randint(0, vocabulary, (rows,), generator=generator)
+    slopes = torch.randn(rows, generator=generator)
+    whole = torch.nn.functional.linear(hidden, weight, offset).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    ours = ChunkedLogprobs.apply(hidden, weight, offset, targets, chunk)
+    torch.testing.assert_close(ours, whole, atol=1e-5, rtol=1e-5)
+    expected = torch.autograd.grad((whole * slopes).sum(), leaves)
+    torch.testing.assert_close(torch.autograd.grad((ours * slopes).sum(), leaves), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_huge_logits_do_not_overflow():
+    hidden, weight = torch.tensor([[1e4]]), torch.tensor([[1.0], [-1.0], [0.5]])
+    logprobs = ChunkedLogprobs.apply(hidden, weight, None, torch.tensor([0]), 2)
+    assert logprobs.item() == 0.0
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_check_accepts_what_it_should(name):
+    assert check_packing(packed_model(name), vocab_chunk=16) is None
+
+
+SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8, intermediate_size=32), "final_logit_softcapping"),
+        (MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2), "linear_attention"),
+        # Its attention is its own and never sees the packing: only the comparison tells.
+        (FalconConfig(**SMALL, initializer_range=0.3, eos_token_id=1), "differ by"),
+    ],
+)
+def test_architectures_that_packing_cannot_serve_fall_back_with_the_reason(config, reason):
+    model = make_model(config)
+    policy = Policy(model, dtype="float32", vocab_chunk=16)
+    assert reason in policy.packing_refused
+    columns, _ = pack_sequences([((1, 2), (3, 4)), ((1, 2), (5,))])
+    torch.testing.assert_close(policy(columns), plain_token_logprobs(model, columns))
+
+
+def test_check_refuses_a_model_whose_attention_looks_across_completions(monkeypatch):
+    """A packing that lets each row begin with the previous completion must be noticed by the numbers."""
+    model = packed_model("llama")
+
+    def shifted(columns, device):
+        packing = plan_packing(columns, device)
+        return type(packing)(
+            positions=packing.positions, rows=tuple(rows.roll(1, 0) for rows in packing.rows), source=packing.source
+        )
+
+    monkeypatch.setattr("learners.packed.plan_packing", shifted)
+    assert "differ by" in check_packing(model, vocab_chunk=16)
+
+
+def test_bfloat16_is_close_to_float32():
+    model = make_model("llama")
+    columns, _ = pack_sequences([((1, 2, 3), (4, 5, 6, 7)), ((1, 2, 3), (9, 8))])
+    exact = Policy(model, dtype="float32", vocab_chunk=16)(columns)
+    rough = Policy(model, dtype="bfloat16", vocab_chunk=16)(columns)
+    assert rough.dtype == torch.float32
+    assert 0 < float((exact - rough).detach().abs().max()) < 0.3
+
+
+def test_activation_checkpointing_changes_nothing():
+    columns, _ = pack_sequences([((1, 2, 3), (4, 5, 6, 7)), ((1, 2, 3), (9, 8))])
+    results = []
+    for checkpointing in (False, True):
+        model = make_model("llama")
+        policy = Policy(model, dtype="float32", vocab_chunk=16, activation_checkpointing=checkpointing)
+        assert model.model.layers[0].gradient_checkpointing is checkpointing
+        results.append(gradients(model, policy(columns)))
+    for name, gradient in results[0].items():
+        assert torch.equal(gradient, results[1][name]), name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.3)])
+def test_packed_equals_plain_on_cuda(name, dtype, tolerance):
+    sequences = [((1, 2, 3), (4, 5, 6, 7)), ((1, 2, 3), (9, 8)), ((5,), (6,) * 30)]
+    columns, _ = pack_sequences(sequences)
+    model = packed_model(name, "cuda")
+    policy = Policy(model, dtype=dtype, vocab_chunk=16)
+    assert policy.packing_refused is None
+    packed, plain = policy(columns), plain_token_logprobs(model, columns)
+    torch.testing.assert_close(packed, plain, atol=tolerance, rtol=tolerance)
+    expected = gradients(model, plain)
+    for parameter, gradient in gradients(model, packed).items():
+        scale = max(1.0, float(expected[parameter].abs().max()))
+        assert float((gradient - expected[parameter]).abs().max()) <= tolerance * scale, parameter

@@ -1,0 +1,111 @@
+"""Pairs follow from scores alone: not from order, not from silence, not from ties."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conf.schema import PairingConfig
+from orchestrator.errors import DataError
+from orchestrator.pairing import make_pairs
+from tests.records import PROMPT, V0, completion, scored
+
+# Few distinct values, so that ties are common; None abstains.
+SCORES = st.lists(st.sampled_from([None, 0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=8)
+CONFIGS = st.builds(
+    PairingConfig,
+    policy=st.sampled_from(["best_worst", "all"]),
+    max_pairs=st.integers(1, 6),
+    min_margin=st.sampled_from([0.0, 0.25]),
+)
+
+
+def compared(values, **config):
+    pairs, counts = make_pairs(scored(*values), PairingConfig(**config), reference=V0)
+    return [(p.chosen_score, p.rejected_score) for p in pairs], counts
+
+
+def test_best_worst_goes_inwards():
+    made, counts = compared([0.2, 0.9, None, 0.5, 0.1, 0.7], max_pairs=9)
+    assert made == [(0.9, 0.1), (0.7, 0.2)]
+    assert counts.as_dict() == {"pairs": 2, "ties": 0, "abstentions": 1}
+
+
+def test_all_takes_the_widest_margins_first():
+    made, _ = compared([0.0, 0.3, 1.0], policy="all", max_pairs=2)
+    assert made == [(1.0, 0.0), (1.0, 0.3)]
+
+
+def test_ties_are_counted_and_never_paired():
+    made, counts = compared([1.0, 1.0, 1.0], policy="all", max_pairs=9)
+    assert (made, counts.ties) == ([], 3)
+    made, counts = compared([1.0, 1.0, 0.0, 1.0], max_pairs=2)
+    assert (made, counts.ties) == ([(1.0, 0.0)], 1)
+
+
+def test_a_margin_equal_up_to_rounding_is_a_tie():
+    assert 0.1 + 0.2 != 0.3
+    assert compared([0.1 + 0.2, 0.3])[0] == []
+    assert compared([0.4, 0.3], min_margin=0.1)[0] == []  # 0.4 - 0.3 > 0.1 in binary
+    assert compared([0.41, 0.3], min_margin=0.1)[0] == [(0.41, 0.3)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_score_that_is_not_finite_is_refused(value):
+    with pytest.raises(DataError, match=r"completion 1 of prompt 'task/train/17'.*return None to abstain"):
+        compared([0.0, value])
+
+
+def test_pairs_say_where_they_come_from():
+    (made,), _ = make_pairs(scored(0.0, None, 1.0), PairingConfig(), reference=V0)
+    assert made.id == "1/task/train/17/2>0"
+    assert (made.prompt, made.reference, made.scorer, made.iteration) == (PROMPT, V0, "verifier:test@1", 1)
+    assert (made.chosen, made.rejected) == (completion(12), completion(10))
+
+
+def test_equal_scores_are_not_decided_by_position():
+    chosen = {
+        make_pairs(scored(1.0, 1.0, 1.0, 0.0, seed=seed), PairingConfig(), reference=V0)[0][0].chosen.token_ids
+        for seed in range(50)
+    }
+    assert chosen == {(10,), (11,), (12,)}
+
+
+@given(SCORES, CONFIGS, st.integers(0, 2**31 - 1), st.randoms())
+def test_the_order_of_completions_does_not_matter(values, config, seed, rng):
+    shuffled = list(enumerate(values))
+    rng.shuffle(shuffled)
+    completions = [completion(10 + k) for k, _ in shuffled]
+    moved = scored(*(v for _, v in shuffled), completions=completions, seed=seed)
+    pairs, counts = make_pairs(scored(*values, seed=seed), config, reference=V0)
+    moved_pairs, moved_counts = make_pairs(moved, config, reference=V0)
+    preferred = [(p.chosen.token_ids, p.rejected.token_ids) for p in pairs]
+    moved_preferred = [(p.chosen.token_ids, p.rejected.token_ids) for p in moved_pairs]
+    assert preferred == moved_preferred
+    assert counts == moved_counts
+
+
+@given(SCORES, CONFIGS)
+def test_every_pair_is_a_judgement_that_was_made(values, config):
+    pairs, counts = make_pairs(scored(*values), config, reference=V0)
+    assert len(pairs) == counts.pairs <= config.max_pairs
+    assert counts.abstentions == values.count(None)
+    assert len({p.id for p in pairs}) == len(pairs)
+    for p in pairs:
+        best, worst = (int(index) for index in p.id.rpartition("/")[2].split(">"))
+        assert (p.chosen.token_ids, p.rejected.token_ids) == ((10 + best,), (10 + worst,))
+        assert (p.chosen_score, p.rejected_score) == (values[best], values[worst])
+        assert p.margin > config.min_margin
+    assert [p.margin for p in pairs] == sorted((p.margin for p in pairs), reverse=True)
+    given_scores = [v for v in values if v is not None]
+    if given_scores and max(given_scores) - min(given_scores) > config.min_margin:
+        assert (pairs[0].chosen_score, pairs[0].rejected_score) == (max(given_scores), min(given_scores))
+
+
+def test_no_label_from_coin_tosses():
+    """Over many groups of equally good completions in random order, nothing is ever preferred."""
+    rng = random.Random(0)
+    for _ in range(100):
+        value = rng.random()
+        assert compared([value] * rng.randint(1, 8), policy="all", max_pairs=99)[0] == []

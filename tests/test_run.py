@@ -1,0 +1,240 @@
+"""Whole runs with real parts: what comes out, that it comes out the same twice, and what dying does to it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from actors.generator import Generator
+from conf.compose import compose
+from launch.export import export
+from launch.run import run
+from orchestrator.errors import ConfigError, ModelError
+from orchestrator.ledger import LedgerReader
+from orchestrator.rollouts import Rollouts
+from orchestrator.store import read_pairs, read_rollouts
+from tests.runs import do_run, overrides
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("inputs")
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    """A run of three iterations that nothing disturbed."""
+    run_dir = tmp_path_factory.mktemp("runs") / "finished"
+    assert do_run(folder, run_dir, pipeline__iterations=3, pipeline__keep_checkpoints=3) == 0
+    return run_dir
+
+
+def pairs_of(run_dir):
+    return {path.name: path.read_bytes() for path in sorted((run_dir / "pairs").iterdir())}
+
+
+def weights_of(run_dir):
+    return (run_dir / "model" / "model.safetensors").read_bytes()
+
+
+def assert_logprobs_match(model, run_dir, iteration):
+    """Sampled log-probs in the rollouts equal a forward of transformers with the weights that were published."""
+    scored = read_rollouts(run_dir / "rollouts" / f"iteration-{iteration:04d}.parquet")
+    for group in (item.group for item in scored):
+        for completion in group.completions:
+            tokens = torch.tensor([group.prompt.token_ids + completion.token_ids])
+            with torch.no_grad():
+                logprobs = model(tokens).logits[0, :-1].float().log_softmax(-1)
+            start = len(group.prompt.token_ids)
+            picked = logprobs.gather(1, tokens[0, 1:, None])[start - 1 :, 0]
+            torch.testing.assert_close(picked, torch.tensor(completion.logprobs), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("kind", "engine"), [("qwen3", "vllm"), ("gpt2", "vllm"), ("qwen3", "transformers")])
+def test_a_chat_model_runs_end_to_end(folder, tmp_path, kind, engine):
+    run_dir = tmp_path / "run"
+    assert do_run(folder, run_dir, kind=kind, engine=engine) == 0
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert (summary["status"], summary["iterations"]) == ("finished", 2)
+    assert 0 <= summary["accuracy"]["end"]["greedy"]["value"] <= 1
+    assert summary["tokens"]["collect"] > 0
+    model = AutoModelForCausalLM.from_pretrained(folder / kind)
+    assert_logprobs_match(model, run_dir, 1)
+    model.load_state_dict(load_file(run_dir / "checkpoints" / "iteration-0001" / "weights.safetensors"), strict=False)
+    model.tie_weights()
+    assert_logprobs_match(model, run_dir, 2)
+    trained = AutoModelForCausalLM.from_pretrained(run_dir / "model")
+    assert not torch.equal(trained.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    assert AutoTokenizer.from_pretrained(run_dir / "model").chat_template
+
+
+def test_records_of_a_run_say_where_they_come_from(finished):
+    with LedgerReader(finished) as ledger:
+        versions = [iteration.version for iteration in ledger.finished()]
+    assert len({version.digest for version in versions}) == 4
+    for number in (1, 2, 3):
+        pairs = read_pairs(finished / "pairs" / f"iteration-{number:04d}.parquet")
+        assert len({pair.id for pair in pairs}) == len(pairs) > 0
+        for pair in pairs:
+            assert pair.chosen.policy == pair.rejected.policy == pair.reference == versions[number - 1]
+            assert pair.chosen_score > pair.rejected_score
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "step/loss" in line]
+    assert all(line["step/staleness_max"] == 0 for line in steps), "sync is strictly on-policy"
+    first = next(line for line in steps if line["iteration"] == 1)
+    assert first["step/margin"] == pytest.approx(0, abs=1e-5), "the first step starts from the reference"
+    assert first["step/loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+def test_the_same_seed_gives_the_same_pairs_and_weights(folder, finished, tmp_path):
+    run_dir = tmp_path / "again"
+    assert do_run(folder, run_dir, pipeline__iterations=3) == 0
+    assert pairs_of(run_dir) == pairs_of(finished)
+    assert weights_of(run_dir) == weights_of(finished)
+
+
+def test_a_generator_that_is_killed_is_replaced_and_nothing_changes(folder, finished, tmp_path, monkeypatch):
+    """Killed between two waves and then found dead: its share is drawn again, with the same seeds and weights."""
+    import ray
+
+    score, killed = Rollouts.score, []
+
+    def kill_then_score(self, groups):
+        if len(killed) < 2:
+            actor = self._roles.generators.actors[len(killed)]
+            killed.append(ray.get(actor.ready.remote()))
+            os.kill(killed[-1], signal.SIGKILL)
+        return score(self, groups)
+
+    monkeypatch.setattr(Rollouts, "score", kill_then_score)
+    run_dir = tmp_path / "killed"
+    assert do_run(folder, run_dir, pipeline__iterations=3) == 0
+    assert len(killed) == 2
+    assert pairs_of(run_dir) == pairs_of(finished)
+    assert weights_of(run_dir) == weights_of(finished)
+
+
+class CorruptedGenerator(Generator):
+    """Its second actor receives the second publication with one bit of one tensor turned."""
+
+    def receive(self, publication):
+        buckets = super().receive(publication)
+        if self.name == "generator-1" and publication.version.number == 1:
+            record = next(r for r in publication.records if r.name == "model.layers.1.mlp.down_proj.weight")
+            buckets = [bucket.copy() for bucket in buckets]
+            buckets[record.bucket][record.offset + 5] ^= 1
+        return buckets
+
+
+def test_a_corrupted_publication_stops_the_run_and_is_named(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("launch.placement.Generator", CorruptedGenerator)
+    run_dir = tmp_path / "corrupted"
+    assert do_run(folder, run_dir, engine="transformers") == 1
+    error = capsys.readouterr().err
+    assert "generator-1: tensor model.layers.1.mlp.down_proj.weight of weights v1-" in error
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert (summary["status"], summary["iterations"]) == ("failed", 0)
+    assert "generator-1" in summary["error"]
+
+
+def test_iterations_without_pairs_end_the_run_with_advice(folder, tmp_path, capsys):
+    run_dir = tmp_path / "ties"
+    settings = {"scorer__function": "tests.scoring.constant", "pipeline__iterations": 5}
+    assert do_run(folder, run_dir, engine="transformers", **settings) == 1
+    error = capsys.readouterr().err
+    assert "3 iterations in a row made no pair" in error
+    assert "scorer.verifier=function gave a mean score of 0.5, abstained on 0%" in error
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert (summary["status"], summary["iterations"], summary["pairs"]) == ("failed", 3, 0)
+
+
+def agon(*arguments, **options):
+    return subprocess.Popen([sys.executable, "-m", "launch", *map(str, arguments)], text=True, **options)
+
+
+def stop(process, number, at_least=4):
+    """Sends a signal; returns what the process said on stderr. It must end within 10 s and leave no orphans."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= at_least, "Ray and its actors"
+    process.send_signal(number)
+    started = time.monotonic()
+    _, error = process.communicate(timeout=60)
+    assert time.monotonic() - started < 10
+    assert process.returncode == 130
+    _, alive = psutil.wait_procs(children, timeout=5)
+    assert not alive, f"orphans: {alive}"
+    return error
+
+
+def test_signals_stop_at_once_and_resume_ends_as_if_nothing_had_happened(folder, finished, tmp_path):
+    run_dir = tmp_path / "interrupted"
+    process = agon("run", *overrides(folder, run_dir, pipeline__iterations=3), stderr=subprocess.PIPE)
+    wait_for_iteration(run_dir, 1, process)
+    assert f"run --resume {run_dir}" in stop(process, signal.SIGINT)
+    status = agon("status", run_dir, stdout=subprocess.PIPE).communicate(timeout=60)[0]
+    assert "interrupted" in status
+    assert json.loads((run_dir / "summary.json").read_text())["status"] == "interrupted"
+    process = agon("run", "--resume", run_dir, stderr=subprocess.PIPE)
+    wait_for_iteration(run_dir, 2, process)
+    stop(process, signal.SIGTERM)
+    assert agon("run", "--resume", run_dir).wait(timeout=300) == 0
+    assert pairs_of(run_dir) == pairs_of(finished)
+    assert weights_of(run_dir) == weights_of(finished)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [line["iteration"] for line in lines if "eval/greedy_value" in line]
+    assert evaluated == [0, 1, 2, 3], "no line of an iteration that was done again is left"
+
+
+def test_a_signal_while_ray_starts_leaves_no_orphans(folder, tmp_path):
+    run_dir = tmp_path / "early"
+    process = agon("run", *overrides(folder, run_dir), stderr=subprocess.PIPE)
+    end = time.monotonic() + 120
+    while not any("raylet" in name for name in names_of_children(process)):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert "no iteration was finished" in stop(process, signal.SIGINT, at_least=1)
+    assert json.loads((run_dir / "summary.json").read_text())["status"] == "interrupted"
+
+
+def names_of_children(process):
+    return [child.name() for child in psutil.Process(process.pid).children(recursive=True) if child.is_running()]
+
+
+def wait_for_iteration(run_dir, number, process):
+    end = time.monotonic() + 240
+    while time.monotonic() < end:
+        assert process.poll() is None, process.communicate()[1]
+        if (run_dir / "ledger.sqlite").exists():
+            with LedgerReader(run_dir) as ledger:
+                if any(iteration.iteration >= number for iteration in ledger.finished()):
+                    return
+        time.sleep(0.2)
+    raise AssertionError(f"iteration {number} was not finished in time")
+
+
+def test_export_names_what_it_cannot_find(finished, tmp_path):
+    assert export(finished, tmp_path / "first", iteration=1).is_dir()
+    with pytest.raises(ModelError, match="not empty"):
+        export(finished, tmp_path / "first")
+    with pytest.raises(ModelError, match="no checkpoint of iteration 7; it has 1, 2, 3"):
+        export(finished, tmp_path / "other", iteration=7)
+
+
+def test_a_finished_run_can_be_extended_but_not_changed(finished):
+    config = finished / "config.yaml"
+    with pytest.raises(ConfigError, match=r"loss\.beta=0\.7 \(was 0\.1\): cannot change"):
+        run(compose(["loss.beta=0.7"], config), resume=finished)
+    before = weights_of(finished)
+    assert run(compose([], config), resume=finished) == 0
+    assert weights_of(finished) == before, "there is nothing left to do"
+    assert run(compose(["pipeline.iterations=4"], config), resume=finished) == 0
+    assert weights_of(finished) != before
+    assert json.loads((finished / "summary.json").read_text())["iterations"] == 4

@@ -1,0 +1,311 @@
+"""One optimizer step, the references, and a trainer that goes on where it stopped."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conf.schema import LearnerConfig, LossConfig, ReferenceConfig
+from learners.logprobs import plain_token_logprobs
+from learners.reference import kl_estimate
+from learners.trainer import Trainer
+from orchestrator.batching import batches, completion_keys, pack
+from orchestrator.errors import ModelError, TrainingError
+from tests.learning import make_model, make_pairs
+
+LOSS = LossConfig(beta=0.1, sft_weight=0.05)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    make_model("llama").save_pretrained(folder)
+    return folder
+
+
+def make_trainer(model_dir, *, kind="previous", loss=LOSS, dtype="float32", keep_initial=False, **learner):
+    settings = {"lr": 1e-2, "num_threads": 1, "micro_batch_tokens": 64, "vocab_chunk": 16}
+    return Trainer(
+        model_dir,
+        loss=loss,
+        reference=ReferenceConfig(kind=kind, ema_decay=0.75),
+        learner=LearnerConfig(**settings | learner),
+        dtype=dtype,
+        keep_initial=keep_initial,
+    )
+
+
+def weights(trainer):
+    return {name: parameter.detach().clone() for name, parameter in trainer.policy.parameters_by_name().items()}
+
+
+def train(trainer, steps, *, seed=0):
+    """Steps on random pairs, each on a batch of its own; returns all metrics."""
+    made = batches(make_pairs(4 * steps, seed=seed), batch_pairs=8, seed=0, epoch=0)
+    return [trainer.update(trainer.annotate(pack(pairs))).metrics for pairs in made]
+
+
+def largest_difference(left, right):
+    return max(float((left[name] - right[name]).abs().max()) for name in right)
+
+
+def test_accumulation_equals_the_one_big_batch(model_dir, tmp_path):
+    """Micro-batches of unequal numbers of pairs, weights and lengths: same loss, gradient norm and metrics."""
+    batch = pack(make_pairs(7, pairs_per_prompt=3) + make_pairs(9, pairs_per_prompt=1, seed=5)[7:])
+    results = []
+    for micro_batch_tokens in (16, 64, 10_000):
+        trainer = make_trainer(model_dir, micro_batch_tokens=micro_batch_tokens, max_grad_norm=0.5)
+        trainer.begin_iteration(1, 1)
+        trainer.reference.parameters["lm_head.weight"].mul_(1.1)  # so that the margin is not zero
+        metrics = trainer.update(trainer.annotate(batch)).metrics
+        trainer.save(tmp_path / str(micro_batch_tokens))
+        # After one step Adam's first moment is (1 - beta1) times the clipped gradient.
+        results.append((metrics, load_file(tmp_path / str(micro_batch_tokens) / "optimizer.safetensors")))
+    whole, moments = results[-1]
+    assert abs(whole["margin"]) > 0.01
+    assert whole["grad_norm"] > 0.5
+    for metrics, others in results[:-1]:
+        assert metrics == pytest.approx(whole, rel=1e-4, abs=1e-5)
+        assert largest_difference(others, moments) < 1e-6
+
+
+def test_loss_is_what_the_formula_says_of_plain_logprobs(model_dir):
+    trainer = make_trainer(model_dir, loss=LossConfig(beta=0.2, label_smoothing=0.1, sft_weight=0.3))
+    trainer.begin_iteration(1, 1)
+    trainer.reference.parameters["lm_head.weight"].mul_(1.1)
+    pairs = make_pairs(3)
+    batch = trainer.annotate(pack(pairs))
+    policy = plain_token_logprobs(trainer.policy.model, batch).detach().cpu().double().numpy()
+    cuts = np.cumsum(batch.completion_lengths)[:-1]
+    ours, anchors = (
+        np.array([part.sum() for part in np.split(values, cuts)]) for values in (policy, batch.reference_logprobs)
+    )
+    expected = 0.0
+    for index, pair in enumerate(pairs):
+        chosen, rejected = batch.chosen[index], batch.rejected[index]
+        delta = 0.2 * (ours[chosen] - anchors[chosen] - ours[rejected] + anchors[rejected])
+        preference = 0.9 * np.log1p(np.exp(-delta)) + 0.1 * np.log1p(np.exp(delta))
+        expected += pair.weight * (preference - 0.3 * ours[chosen] / len(pair.chosen.token_ids)) / len(pairs)
+    assert trainer.update(batch).metrics["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_training_raises_the_margin_and_reports(model_dir):
+    trainer = make_trainer(model_dir, loss=LossConfig(beta=0.1), lr=3e-3)
+    trainer.begin_iteration(1, 8)
+    trainer.version = 2
+    batch = trainer.annotate(pack(make_pairs(4, version=1)))
+    results = [trainer.update(batch) for _ in range(8)]
+    first, last = results[0].metrics, results[-1].metrics
+    assert first["margin"] == pytest.approx(0.0, abs=1e-5)
+    # At the reference every pair costs log 2, times its weight.
+    assert first["loss"] == pytest.approx(np.log(2) * batch.weights.mean(), rel=1e-5)
+    assert last["margin"] > 1.0
+    assert last["accuracy"] == 1.0
+    assert first["length_chosen"] == pytest.approx(batch.completion_lengths[batch.chosen].mean())
+    assert first["log_ratio_chosen"] - first["log_ratio_rejected"] == pytest.approx(first["margin"], abs=1e-5)
+    assert (first["staleness_mean"], first["staleness_max"]) == (1.0, 1.0)
+    assert [result.step for result in results] == list(range(1, 9))
+    assert (results[0].pair_ids, results[0].tokens) == (batch.pair_ids, batch.num_tokens)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_refused_and_nothing_moves(model_dir, value):
+    trainer = make_trainer(model_dir)
+    trainer.begin_iteration(1, 4)
+    train(trainer, 1)
+    before = weights(trainer)
+    batch = trainer.annotate(pack(make_pairs(3)))
+    poisoned = replace(batch, reference_logprobs=np.full_like(batch.reference_logprobs, value))
+    with pytest.raises(TrainingError, match="weights were not changed"):
+        trainer.update(poisoned)
+    assert largest_difference(weights(trainer), before) == 0.0
+    assert all(parameter.grad is None for parameter in trainer.policy.parameters())
+    assert trainer.step == 1
+    trainer.update(batch)
+    assert largest_difference(weights(trainer), before) > 0.0
+
+
+def test_an_infinite_gradient_of_a_finite_loss_is_refused(model_dir):
+    trainer = make_trainer(model_dir)
+    trainer.begin_iteration(1, 1)
+    before = weights(trainer)
+    trainer.policy.model.lm_head.weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(TrainingError, match="gradient norm"):
+        train(trainer, 1)
+    assert largest_difference(weights(trainer), before) == 0.0
+
+
+def test_update_wants_reference_logprobs(model_dir):
+    with pytest.raises(ValueError, match="annotate it first"):
+        make_trainer(model_dir).update(pack(make_pairs(1)))
+
+
+@pytest.mark.parametrize("kind", ["previous", "initial", "ema"])
+def test_resume_is_bit_exact(model_dir, tmp_path, kind):
+    """Saved in the middle of the second iteration; the last two steps are the same bits as without a stop."""
+
+    def start():
+        return make_trainer(model_dir, kind=kind, schedule="cosine", warmup_steps=1, weight_decay=0.01)
+
+    straight = start()
+    straight.begin_iteration(1, 2)
+    train(straight, 2)
+    straight.begin_iteration(2, 4)
+    train(straight, 2, seed=1)
+    straight.version = 1
+    straight.save(tmp_path / "checkpoint")
+    expected = train(straight, 2, seed=2)
+
+    resumed = start()
+    resumed.load(tmp_path / "checkpoint")
+    resumed.begin_iteration(2, 4)
+    assert (resumed.iteration, resumed.step, resumed.version) == (2, 4, 1)
+    assert train(resumed, 2, seed=2) == expected
+    for left, right in (
+        (weights(resumed), weights(straight)),
+        (resumed.reference.parameters, straight.reference.parameters),
+    ):
+        assert all(torch.equal(left[name], right[name]) for name in right)
+
+
+def test_save_replaces_whole_folders_and_load_refuses_others(model_dir, tmp_path):
+    trainer = make_trainer(model_dir)
+    trainer.begin_iteration(1, 1)
+    trainer.save(tmp_path / "checkpoint")
+    train(trainer, 1)
+    trainer.save(tmp_path / "checkpoint")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    resumed = make_trainer(model_dir)
+    resumed.load(tmp_path / "checkpoint")
+    assert resumed.step == 1
+    with pytest.raises(ModelError, match=r"reference\.kind=previous"):
+        make_trainer(model_dir, kind="ema").load(tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / "weights.safetensors").write_bytes(b"cut short")
+    with pytest.raises(ModelError, match="not a checkpoint"):
+        make_trainer(model_dir).load(tmp_path / "checkpoint")
+
+
+def test_references_move_as_their_kinds_say(model_dir):
+    for kind in ("previous", "initial", "ema"):
+        trainer = make_trainer(model_dir, kind=kind)
+        initial = weights(trainer)
+        trainer.begin_iteration(1, 2)
+        assert largest_difference(trainer.reference.parameters, initial) == 0.0
+        train(trainer, 2)
+        iterate = weights(trainer)
+        assert largest_difference(iterate, initial) > 1e-3
+        assert largest_difference(trainer.reference.parameters, initial) == 0.0
+        trainer.begin_iteration(2, 2)
+        trainer.begin_iteration(2, 2)
+        kept = {"previous": 0.0, "initial": 1.0, "ema": 0.75}[kind]
+        expected = {name: kept * initial[name] + (1 - kept) * iterate[name] for name in initial}
+        assert largest_difference(trainer.reference.parameters, expected) < 1e-6
+
+
+def test_annotation_is_the_reference_not_the_policy(model_dir):
+    trainer = make_trainer(model_dir, kind="initial")
+    batch = pack(make_pairs(3))
+    trainer.begin_iteration(1, 2)
+    before = trainer.annotate(batch).reference_logprobs
+    live = trainer.policy(batch).detach().cpu().numpy()
+    np.testing.assert_allclose(before, live, atol=1e-5)
+    train(trainer, 2)
+    assert np.array_equal(trainer.annotate(batch).reference_logprobs, before)
+    assert not np.allclose(trainer.policy(batch).detach().cpu().numpy(), before, atol=1e-2)
+
+
+def test_the_reference_scores_each_completion_once_an_iteration(model_dir, monkeypatch):
+    trainer = make_trainer(model_dir)
+    trainer.begin_iteration(1, 4)
+    scored = []
+    score = trainer.reference.logprobs
+    monkeypatch.setattr(trainer.reference, "logprobs", lambda part: scored.append(part) or score(part))
+    batch = pack(make_pairs(6, seed=3))
+    first = trainer.annotate(batch)
+    trainer.update(first)
+    parts = len(scored)
+    again = trainer.annotate(pack(list(reversed(make_pairs(6, seed=3)))))
+    assert len(scored) == parts
+    values = [dict(zip(completion_keys(b), _pieces(b), strict=True)) for b in (first, again)]
+    assert values[0].keys() == values[1].keys()
+    assert all(np.array_equal(values[0][key], values[1][key]) for key in values[0])
+    trainer.begin_iteration(2, 4)
+    trainer.annotate(batch)
+    assert len(scored) == 2 * parts, "the reference moved"
+
+
+def _pieces(batch):
+    return np.split(batch.reference_logprobs, np.cumsum(batch.completion_lengths)[:-1])
+
+
+def test_kl_to_the_initial_model(model_dir):
+    trainer = make_trainer(model_dir, kind="previous", keep_initial=True)
+    samples = [(pair.prompt, pair.chosen) for pair in make_pairs(4)]
+    assert trainer.kl_to_initial(samples) == 0.0
+    trainer.begin_iteration(1, 2)
+    train(trainer, 2)
+    trainer.begin_iteration(2, 2)
+    assert trainer.kl_to_initial(samples) > 0.01
+    with pytest.raises(ValueError, match="keep_initial"):
+        make_trainer(model_dir).kl_to_initial(samples)
+
+
+def test_kl_estimate_is_unbiased():
+    """Its mean under the policy is the exact KL of two distributions over ten tokens."""
+    generator = torch.Generator().manual_seed(0)
+    policy, initial = (torch.randn(10, generator=generator, dtype=torch.float64).log_softmax(0) for _ in range(2))
+    exact = (policy.exp() * (policy - initial)).sum()
+    estimate = (policy.exp() * kl_estimate(policy, initial)).sum()
+    assert estimate.item() == pytest.approx(exact.item())
+
+
+def test_score_gives_every_token_but_the_first(model_dir):
+    trainer = make_trainer(model_dir, micro_batch_tokens=16)
+    sequences = [(3, 4, 5), tuple(range(20)), (3, 4, 6), (3, 4, 5)]
+    scores = trainer.score(sequences)
+    assert [len(score) for score in scores] == [2, 19, 2, 2]
+    model = trainer.policy.model
+    for sequence, score in zip(sequences, scores, strict=True):
+        ids = torch.tensor([sequence], device=trainer.policy.device)
+        logprobs = model(input_ids=ids).logits.log_softmax(-1)[0, :-1].cpu()
+        expected = logprobs.gather(1, torch.tensor(sequence)[1:, None])[:, 0].detach().numpy()
+        np.testing.assert_allclose(score, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_named_tensors_are_those_of_a_saved_checkpoint(tmp_path, name, dtype):
+    model = make_model(name)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    tensors = make_trainer(tmp_path, dtype=dtype).named_tensors()
+    assert set(tensors) == set(saved)
+    for key, tensor in tensors.items():
+        assert tensor.is_contiguous()
+        assert torch.equal(tensor.cpu(), saved[key].to(getattr(torch, dtype))), key
+
+
+def test_bfloat16_keeps_weights_that_move_less_than_its_spacing(model_dir):
+    trainer = make_trainer(model_dir, dtype="bfloat16", lr=1e-6)
+    before = weights(trainer)
+    trainer.begin_iteration(1, 2)
+    train(trainer, 2)
+    assert {tensor.dtype for tensor in weights(trainer).values()} == {torch.float32}
+    assert 0 < largest_difference(weights(trainer), before) < 1e-5
+
+
+def test_dropout_is_off_and_folders_without_a_model_are_refused(tmp_path):
+    make_model("gpt2").save_pretrained(tmp_path / "gpt2")
+    trainer = make_trainer(tmp_path / "gpt2", activation_checkpointing=True)
+    batch = pack(make_pairs(2))
+    assert trainer.policy.model.training
+    assert torch.equal(trainer.policy(batch), trainer.policy(batch))
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        make_trainer(tmp_path)
+    (tmp_path / "gpt2" / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="cannot load"):
+        make_trainer(tmp_path / "gpt2")

@@ -1,0 +1,108 @@
+"""A generator holds what was published, or says which tensor of which version it does not hold."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.errors import PublicationError
+from orchestrator.publisher import reference_version
+from orchestrator.types import PolicyVersion
+from orchestrator.weights import Probe, Publication, corrupted, install, pack, unpack, version_of
+from tests.fakes import CountingEngine
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool]
+
+
+@st.composite
+def tensors(draw):
+    shapes = draw(st.lists(st.lists(st.integers(0, 5), min_size=0, max_size=3), min_size=1, max_size=6))
+    seed = draw(st.integers(0, 1000))
+    generator = torch.Generator().manual_seed(seed)
+    named = {}
+    for index, shape in enumerate(shapes):
+        dtype = draw(st.sampled_from(DTYPES))
+        named[f"layer.{index}"] = (torch.randn(shape, generator=generator) * 100).to(dtype)
+    return named
+
+
+@settings(max_examples=80, deadline=None)
+@given(named=tensors(), bucket_bytes=st.integers(1, 600))
+def test_packing_is_lossless_for_any_bucket_size(named, bucket_bytes):
+    records, buckets = pack(named, bucket_bytes)
+    assert corrupted(records, buckets) == []
+    found = unpack(records, buckets)
+    assert list(found) == list(named)
+    for name, tensor in named.items():
+        assert found[name].dtype == tensor.dtype
+        assert found[name].shape == tensor.shape
+        assert torch.equal(found[name], tensor)
+
+
+def test_strided_tensors_are_packed_in_order():
+    tensor = torch.arange(12.0).view(3, 4).t()
+    records, buckets = pack({"t": tensor})
+    assert torch.equal(unpack(records, buckets)["t"], tensor)
+
+
+def test_version_depends_on_every_value_and_name():
+    base = {"a": torch.zeros(4), "b": torch.ones(3)}
+    version = version_of(3, pack(base)[0])
+    assert version == version_of(3, pack(base, bucket_bytes=1)[0]), "not on how they were bucketed"
+    assert version != version_of(3, pack({"a": torch.zeros(4), "c": torch.ones(3)})[0])
+    assert version != version_of(3, pack({"a": torch.zeros(4), "b": torch.tensor([1.0, 1.0, 1.0000001])})[0])
+
+
+def publication(named, logprobs=(-1.0, -1.0)):
+    records, buckets = pack(named, bucket_bytes=64)
+    probe = Probe(token_ids=(1, 2, 3), logprobs=logprobs, tolerance=1e-4)
+    return Publication(version=version_of(7, records), records=records, buckets=tuple(buckets), probe=probe)
+
+
+NAMED = {"model.embed": torch.arange(8.0), "model.head": torch.ones(8)}
+
+
+def test_install_loads_and_proves():
+    engine, published = CountingEngine(), publication(NAMED)
+    assert install(engine, published, published.buckets, holder="generator-0") == published.version
+    assert torch.equal(engine.weights["model.embed"], NAMED["model.embed"])
+
+
+def test_damaged_bytes_are_named_and_not_loaded():
+    engine, published = CountingEngine(), publication(NAMED)
+    damaged = [bucket.copy() for bucket in published.buckets]
+    damaged[1][0] ^= 1
+    with pytest.raises(PublicationError, match=rf"generator-1: tensor model\.head of weights {published.version}"):
+        install(engine, published, damaged, holder="generator-1")
+    assert engine.weights == {}
+
+
+def test_an_engine_that_ignores_the_update_is_named():
+    engine, published = CountingEngine(), publication(NAMED)
+    engine.ignores_updates = True
+    with pytest.raises(PublicationError, match=r"generator-0: tensor model\.embed does not hold .*v7-.*2 of 2"):
+        install(engine, published, published.buckets, holder="generator-0")
+
+
+@pytest.mark.parametrize("logprobs", [(-1.0, -1.01), (-1.0, float("nan"))])
+def test_a_probe_that_disagrees_is_refused(logprobs):
+    engine, published = CountingEngine(), publication(NAMED, logprobs)
+    with pytest.raises(PublicationError, match="log-probs of the probe"):
+        install(engine, published, published.buckets, holder="generator-0")
+
+
+def test_reference_identity():
+    versions = [PolicyVersion(number=n, digest=f"{n:016x}") for n in range(3)]
+    assert reference_version("initial", 0.9, versions) == versions[0]
+    assert reference_version("previous", 0.9, versions) == versions[2]
+    average = reference_version("ema", 0.9, versions)
+    assert average.number == 2
+    assert average != reference_version("ema", 0.8, versions)
+    assert average != reference_version("ema", 0.9, [versions[1], versions[1], versions[2]])
+
+
+def test_buckets_respect_their_size():
+    _, buckets = pack({f"t{i}": torch.zeros(16) for i in range(10)}, bucket_bytes=128)
+    assert [bucket.nbytes for bucket in buckets] == [128] * 5
+    assert all(bucket.dtype == np.uint8 for bucket in buckets)
