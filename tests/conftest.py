@@ -11,6 +11,12 @@ os.environ |= {
 }
 
 import pytest
+from hypothesis import settings
+
+# The same examples each time: a green tree stays green. `pytest --hypothesis-profile=explore` looks for new ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("explore", print_blob=True)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="module")

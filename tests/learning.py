@@ -17,8 +17,9 @@ _COMMON = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
-    # Large enough that attention and head matter in the result.
-    "initializer_range": 0.3,
+    # Large enough that attention and head matter in the result, small enough that fp32 rounding stays below 1e-5 in
+    # every gradient: at 0.3 a sharp softmax can amplify it to 1.1e-5.
+    "initializer_range": 0.2,
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
@@ -32,7 +33,7 @@ CONFIGS = {
         n_layer=2,
         n_head=4,
         n_positions=128,
-        initializer_range=0.3,
+        initializer_range=0.2,
         bos_token_id=0,
         eos_token_id=1,
     ),
