@@ -111,7 +111,16 @@ class GeneratorConfig:
 class ScorerConfig:
     """Who judges completions."""
 
-    kind: str = knob("verifier", "a rule with a reference answer", choices=("verifier",))
+    kind: str = knob(
+        "verifier",
+        "verifier: a rule with a reference answer; llm_judge, step_judge: a language model that reads the "
+        "completion whole or step by step; preference_model, reward_model: trained with `agon train-judge`; "
+        "implicit: the policy's own log-ratio to the initial model; majority: agreement of the final answers",
+        choices=(
+            *("verifier", "llm_judge", "step_judge", "preference_model", "reward_model"),
+            *("implicit", "majority", "ensemble"),
+        ),
+    )
     verifier: str = knob(
         "final_answer",
         "final_answer: text after the last marker; exact: the whole text; math: mathematical equality; "
@@ -125,6 +134,36 @@ class ScorerConfig:
     restarts: int = knob(3, "actor deaths the pool mends before it gives up", low=0)
     start_deadline_s: float = knob(300, "an actor must be ready after so long", above=0)
     deadline_s: float = knob(120, "one wave of completions must be scored after so long", above=0)
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Scorers that are models (scorer.kind other than verifier and majority)."""
+
+    engine: str = knob(
+        "policy",
+        "policy: served by the generators themselves; own: a pool of its own with the weights of judge.model",
+        choices=("policy", "own"),
+    )
+    model: str | None = knob(None, "folder or hub id of the judge (engine=own; preference_model, reward_model)")
+    style: str = knob("pointwise", "llm_judge: a score each, or comparisons", choices=("pointwise", "pairwise"))
+    verdict: str = knob(
+        "words",
+        "read the verdict from the judge's words, or from the probability of the verdict tokens",
+        choices=("words", "probability"),
+    )
+    rubric: str | None = knob(None, "text file with the judge's instructions; None: the packaged one of its style")
+    principles: str | None = knob(None, "text file put into the rubric, such as a list of what a good answer does")
+    votes: int = knob(3, "judgements sampled for each completion or each order of a comparison, averaged", low=1)
+    temperature: float = knob(0.7, "of sampled judgements", low=0)
+    top_p: float = knob(0.9, "of sampled judgements", above=0, high=1)
+    max_tokens: int = knob(256, "longest judgement, tokens", low=1)
+    max_failed_fraction: float = knob(
+        0.95, "an iteration in which the judge said nothing usable more often than this stops the run", low=0, high=1
+    )
+    num_actors: int = knob(1, "engines of the judge's own pool", low=1)
+    gpus_per_actor: float = knob(0, "GPUs of one engine of its own pool", low=0)
+    deadline_s: float = knob(600, "one wave of judgements must be done after so long", above=0)
 
 
 @dataclass(frozen=True)
@@ -261,6 +300,7 @@ class Config:
     task: TaskConfig = field(default_factory=TaskConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     scorer: ScorerConfig = field(default_factory=ScorerConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     pairing: PairingConfig = field(default_factory=PairingConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -104,7 +104,9 @@ def pack(pairs: Sequence[PreferencePair]) -> PreferenceBatch:
         chosen=index[0::2],
         rejected=index[1::2],
         weights=np.array([pair.weight for pair in pairs], np.float32),
-        margins=np.array([pair.margin for pair in pairs], np.float32),
+        labels=np.array([pair.label for pair in pairs], np.float32),
+        chosen_scores=np.array([pair.chosen_score for pair in pairs], np.float32),
+        rejected_scores=np.array([pair.rejected_score for pair in pairs], np.float32),
         data_versions=np.array(
             [min(pair.chosen.policy.number, pair.rejected.policy.number) for pair in pairs], np.int32
         ),
@@ -213,7 +215,9 @@ def _groups(batch: PreferenceBatch, low: int, high: int) -> PreferenceBatch:
         chosen=batch.chosen[kept] - np.int32(first),
         rejected=batch.rejected[kept] - np.int32(first),
         weights=batch.weights[kept],
-        margins=batch.margins[kept],
+        labels=batch.labels[kept],
+        chosen_scores=batch.chosen_scores[kept],
+        rejected_scores=batch.rejected_scores[kept],
         data_versions=batch.data_versions[kept],
         reference_logprobs=reference,
         pair_ids=tuple(batch.pair_ids[index] for index in kept.tolist()),

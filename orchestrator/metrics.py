@@ -106,7 +106,7 @@ def pair_metrics(
         counts: sums of `PairingCounts.as_dict()` over the groups.
         dropped: reasons of `filter_pairs` and how often each applied.
     """
-    found = {name: float(counts.get(name, 0)) for name in ("ties", "abstentions")}
+    found = {name: float(counts.get(name, 0)) for name in ("ties", "abstentions", "undecided")}
     found["made"] = float(counts.get("pairs", 0))
     found["kept"] = float(len(pairs))
     found |= {f"dropped_{reason}": float(count) for reason, count in dropped.items()}

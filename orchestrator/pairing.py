@@ -31,7 +31,7 @@ _TOLERANCE = 1e-9
 class PairingCounts:
     """What became of one group.
 
-    Example: ``PairingCounts(pairs=1, ties=0, abstentions=2)``
+    Example: ``PairingCounts(pairs=1, ties=0, abstentions=2, undecided=0)``
     """
 
     pairs: int
@@ -39,6 +39,8 @@ class PairingCounts:
     """Comparisons the policy looked at and dropped because their margin is no more than `min_margin`."""
     abstentions: int
     """Completions without a score."""
+    undecided: int = 0
+    """Comparisons the policy looked at and dropped because a scorer that compares abstained on them."""
 
     def as_dict(self) -> dict[str, int]:
         """Counts by name."""
@@ -76,14 +78,17 @@ def make_pairs(
     ranked = _ranked(scored)
     candidates = _inwards(ranked, config.max_pairs) if config.policy == "best_worst" else _all(ranked)
     kept: list[PreferencePair] = []
-    ties = 0
+    ties = undecided = 0
     for best, worst in candidates:
-        if is_tie(best.score, worst.score, config.min_margin):
+        label = _label(scored, best.index, worst.index)
+        if label is None:
+            undecided += 1
+        elif is_tie(best.score, worst.score, config.min_margin):
             ties += 1
         elif len(kept) < config.max_pairs:
-            kept.append(_pair(scored, best, worst, reference))
+            kept.append(_pair(scored, best, worst, label, reference))
     abstentions = len(scored.scores) - len(ranked)
-    return kept, PairingCounts(pairs=len(kept), ties=ties, abstentions=abstentions)
+    return kept, PairingCounts(pairs=len(kept), ties=ties, abstentions=abstentions, undecided=undecided)
 
 
 def _ranked(scored: ScoredGroup) -> list[_Scored]:
@@ -117,7 +122,7 @@ def _all(ranked: list[_Scored]) -> Iterable[tuple[_Scored, _Scored]]:
     return sorted(combinations(ranked, 2), key=lambda two: two[1].score - two[0].score)
 
 
-def _pair(scored: ScoredGroup, best: _Scored, worst: _Scored, reference: PolicyVersion) -> PreferencePair:
+def _pair(scored: ScoredGroup, best: _Scored, worst: _Scored, label: float, reference: PolicyVersion) -> PreferencePair:
     group = scored.group
     return PreferencePair(
         id=f"{group.iteration}/{group.prompt.id}/{best.index}>{worst.index}",
@@ -129,4 +134,10 @@ def _pair(scored: ScoredGroup, best: _Scored, worst: _Scored, reference: PolicyV
         iteration=group.iteration,
         reference=reference,
         scorer=scored.scorer,
+        label=label,
     )
+
+
+def _label(scored: ScoredGroup, chosen: int, rejected: int) -> float | None:
+    """What a scorer that compares says of the two, None if it abstained; 1 where completions are judged one by one."""
+    return 1.0 if scored.preferences is None else scored.preferences[chosen][rejected]

@@ -75,6 +75,12 @@ ROLLOUTS = _schema(
         _column("score", pa.float64(), "higher is better; null is an abstention", "scorer's own", nullable=True),
         _column("score_reason", pa.string(), "why the scorer abstained; empty when it did not"),
         _column("scorer", pa.string(), "name and version of the scorer"),
+        _column(
+            "preferences",
+            pa.list_(pa.field("item", pa.float64(), nullable=True)),
+            "probability that this completion is better than each of its group; null where the scorer does not compare",
+            nullable=True,
+        ),
     ],
 )
 PAIRS = _schema(
@@ -90,6 +96,7 @@ PAIRS = _schema(
         _column("reference_number", pa.int32(), "loss reference: publications before it", "count"),
         _column("reference_digest", pa.string(), "loss reference: xxh3-64 of its weights", "hex"),
         _column("scorer", pa.string(), "name and version of the scorer"),
+        _column("label", pa.float64(), "probability that the chosen completion is the better one"),
         _column("weight", pa.float64(), "multiplies the pair's loss"),
     ],
 )
@@ -173,14 +180,21 @@ def _rollout_rows(index: int, scored: ScoredGroup) -> list[dict[str, Any]]:
         "scorer": scored.scorer,
         **_prompt_row(group.prompt),
     }
+    preferences = scored.preferences or (None,) * len(group.completions)
     return [
-        {**shared, **_completion_row("", completion), "score": score.value, "score_reason": score.reason}
-        for completion, score in zip(group.completions, scored.scores, strict=True)
+        {
+            **shared,
+            **_completion_row("", completion),
+            "score": score.value,
+            "score_reason": score.reason,
+            "preferences": row,
+        }
+        for completion, score, row in zip(group.completions, scored.scores, preferences, strict=True)
     ]
 
 
 def _pair_row(pair: PreferencePair) -> dict[str, Any]:
-    plain = ("id", "iteration", "chosen_score", "rejected_score", "scorer", "weight")
+    plain = ("id", "iteration", "chosen_score", "rejected_score", "scorer", "label", "weight")
     return {
         **{name: getattr(pair, name) for name in plain},
         **_prompt_row(pair.prompt),
@@ -221,7 +235,8 @@ def _scored_group(rows: list[dict[str, Any]]) -> ScoredGroup:
         seed=first["seed"],
     )
     scores = tuple(Score(value=row["score"], reason=row["score_reason"]) for row in rows)
-    return ScoredGroup(group=group, scores=scores, scorer=first["scorer"])
+    preferences = None if first["preferences"] is None else tuple(tuple(row["preferences"]) for row in rows)
+    return ScoredGroup(group=group, scores=scores, scorer=first["scorer"], preferences=preferences)
 
 
 def _pair(row: dict[str, Any]) -> PreferencePair:
@@ -235,6 +250,7 @@ def _pair(row: dict[str, Any]) -> PreferencePair:
         iteration=row["iteration"],
         reference=PolicyVersion(number=row["reference_number"], digest=row["reference_digest"]),
         scorer=row["scorer"],
+        label=row["label"],
         weight=row["weight"],
     )
 

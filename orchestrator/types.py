@@ -161,6 +161,9 @@ class ScoredGroup:
     """One for each completion, in their order."""
     scorer: str
     """Name and version of the scorer."""
+    preferences: tuple[tuple[float | None, ...], ...] | None = None
+    """[K][K] of a scorer that compares: entry [i][j] is the probability that completion i is better than j, so that
+    [i][j] + [j][i] = 1; None is an abstention. None as a whole for scorers that judge each completion alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,6 +185,8 @@ class PreferencePair:
     reference: PolicyVersion
     """The loss reference this pair will be trained against."""
     scorer: str
+    label: float = 1.0
+    """Probability that the chosen completion is the better one, for losses with soft labels."""
     weight: float = 1.0
     """Multiplies the pair's loss."""
 
@@ -219,8 +224,12 @@ class PreferenceBatch:
     """[P] index of each pair's rejected completion among the S."""
     weights: NDArray[np.float32]
     """[P] multiplies each pair's loss."""
-    margins: NDArray[np.float32]
-    """[P] score of chosen minus score of rejected."""
+    labels: NDArray[np.float32]
+    """[P] probability that the chosen completion is the better one."""
+    chosen_scores: NDArray[np.float32]
+    """[P] score of each pair's chosen completion."""
+    rejected_scores: NDArray[np.float32]
+    """[P] score of each pair's rejected completion."""
     data_versions: NDArray[np.int32]
     """[P] number of the oldest data policy among the pair's two completions; staleness is the consumer's own version
     minus this, computed when the batch is consumed."""

@@ -74,6 +74,7 @@ any_pair = st.builds(
     iteration=st.integers(0, 1000),
     reference=_versions,
     scorer=st.text(),
+    label=st.floats(0, 1),
     weight=_figures,
 )
 
@@ -92,4 +93,6 @@ def any_scored_group(draw):
     )
     score = st.builds(Score, value=st.none() | _figures, reason=st.text())
     scores = tuple(draw(score) for _ in completions)
-    return ScoredGroup(group=group, scores=scores, scorer=draw(st.text()))
+    row = st.tuples(*(st.none() | st.floats(0, 1) for _ in completions))
+    preferences = draw(st.none() | st.tuples(*(row for _ in completions)))
+    return ScoredGroup(group=group, scores=scores, scorer=draw(st.text()), preferences=preferences)

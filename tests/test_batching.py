@@ -47,6 +47,7 @@ def pair_lists(draw):
                     iteration=1,
                     reference=REFERENCE,
                     scorer="test@1",
+                    label=draw(st.sampled_from([0.75, 1.0])),
                     weight=draw(st.sampled_from([0.25, 1.0])),
                 )
             )
@@ -71,7 +72,14 @@ def unpacked(batch: PreferenceBatch):
                     and tuple(reference[ends[number] - batch.completion_lengths[number] : ends[number]].tolist()),
                 )
             )
-        facts[name] = (*sides, batch.weights[index], batch.margins[index], batch.data_versions[index])
+        facts[name] = (
+            *sides,
+            batch.weights[index],
+            batch.chosen_scores[index],
+            batch.rejected_scores[index],
+            batch.labels[index],
+            batch.data_versions[index],
+        )
     return facts
 
 
@@ -85,10 +93,10 @@ def test_pack_keeps_every_pair_and_stores_each_sequence_once(pairs):
     facts = unpacked(batch)
     assert list(batch.pair_ids) == [pair.id for pair in pairs]
     for pair in pairs:
-        chosen, rejected, weight, margin, version = facts[pair.id]
+        chosen, rejected, *numbers, version = facts[pair.id]
         assert chosen[:2] == (pair.prompt.token_ids, pair.chosen.token_ids)
         assert rejected[:2] == (pair.prompt.token_ids, pair.rejected.token_ids)
-        assert (weight, margin) == (pair.weight, pair.margin)
+        assert numbers == [pair.weight, pair.chosen_score, pair.rejected_score, pair.label]
         assert version == min(pair.chosen.policy.number, pair.rejected.policy.number)
     prompts = {pair.prompt.token_ids for pair in pairs}
     sides = {(pair.prompt.token_ids, side.token_ids) for pair in pairs for side in (pair.chosen, pair.rejected)}

@@ -18,7 +18,8 @@ LAYERS = [
         "pure logic",
         [
             *("conf*", "orchestrator.tasks*", "orchestrator.prompts", "orchestrator.pairing", "orchestrator.filters"),
-            *("orchestrator.batching", "orchestrator.metrics", "orchestrator.files", "actors.judges*", "actors.engine"),
+            *("orchestrator.batching", "orchestrator.metrics", "orchestrator.files", "orchestrator.judging"),
+            *("actors.judges*", "actors.search*", "actors.engine"),
         ],
     ),
     (

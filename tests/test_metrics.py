@@ -82,12 +82,13 @@ def test_rollouts_without_a_single_score_have_no_mean():
 
 def test_pairs():
     kept = [pair(completion(1), completion(2, 3)), pair(completion(1, 2, 3), completion(4), chosen_score=0.5)]
-    found = pair_metrics(kept, Counter(pairs=3, ties=4, abstentions=5), Counter(identical=1))
+    found = pair_metrics(kept, Counter(pairs=3, ties=4, abstentions=5, undecided=2), Counter(identical=1))
     assert found == {
         "pairs/made": 3,
         "pairs/kept": 2,
         "pairs/ties": 4,
         "pairs/abstentions": 5,
+        "pairs/undecided": 2,
         "pairs/dropped_identical": 1,
         "pairs/margin_mean": 0.75,
         "pairs/length_chosen_mean": 2,

@@ -1,6 +1,7 @@
 """Pairs follow from scores alone: not from order, not from silence, not from ties."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -29,7 +30,18 @@ def compared(values, **config):
 def test_best_worst_goes_inwards():
     made, counts = compared([0.2, 0.9, None, 0.5, 0.1, 0.7], max_pairs=9)
     assert made == [(0.9, 0.1), (0.7, 0.2)]
-    assert counts.as_dict() == {"pairs": 2, "ties": 0, "abstentions": 1}
+    assert counts.as_dict() == {"pairs": 2, "ties": 0, "abstentions": 1, "undecided": 0}
+
+
+def test_a_scorer_that_compares_labels_the_pair_or_leaves_it_unsaid():
+    table = ((0.5, 0.75, None), (0.25, 0.5, 0.5), (None, 0.5, 0.5))
+    group = replace(scored(0.9, 0.5, 0.1), preferences=table)
+    pairs, counts = make_pairs(group, PairingConfig(policy="all", max_pairs=9), reference=V0)
+    assert [(pair.chosen_score, pair.rejected_score, pair.label) for pair in pairs] == [
+        (0.9, 0.5, 0.75),
+        (0.5, 0.1, 0.5),
+    ]
+    assert (counts.pairs, counts.undecided) == (2, 1)
 
 
 def test_all_takes_the_widest_margins_first():

@@ -1,0 +1,60 @@
+"""What judges are to the loop, and the language model behind those that read text.
+
+    groups --Judge.score--> scored groups
+                 |  asks
+                 v
+             TextModel     the generators themselves, or a pool of the judge's own
+
+A judge gets all groups of a wave at once, so that whatever it asks of a model travels as a few large batches.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from orchestrator.tasks.base import Message
+    from orchestrator.types import Completion, GenerationRequest, RolloutGroup, ScoredGroup
+
+    Tokens = tuple[int, ...]
+
+
+class Judge(Protocol):
+    """Says how good completions are, or which of two is better, or nothing where it cannot tell."""
+
+    name: str
+    """With a version, so that scores of different judges are never taken for one another: ``llm_judge:policy@1``."""
+
+    def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
+        """One scored group for each group, in order. A failure is an abstention, never an invented label.
+
+        Raises:
+            AgonError: the judge as a whole failed (its actors died, its deadline passed).
+        """
+
+    def metrics(self) -> dict[str, float]:
+        """Of the judgements since the last call, for `judge/`: rates of failures, abstentions, ties, agreement."""
+
+
+class TextModel(Protocol):
+    """A language model that answers in batches."""
+
+    version: str
+    """Changes with the weights: part of a judgement's identity and of its cache key."""
+
+    def encode(self, text: str) -> Tokens:
+        """Token ids of a text as it stands, with the tokens that begin a sequence."""
+
+    def encode_chat(self, messages: Sequence[Message]) -> Tokens:
+        """Token ids of a chat that the model is to answer: by its chat template, else the turns as plain text."""
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
+        """Completes the requests, in their order, as one wave."""
+
+    def logprobs(self, sequences: Sequence[tuple[Tokens, Tokens]]) -> list[NDArray[np.float32]]:
+        """Of (prompt, completion) sequences: the log-prob of each completion token, in their order, as one wave."""
