@@ -12,6 +12,7 @@ import ray
 from actors.engine_loop import EngineLoop
 from actors.engines import build_engine
 from actors.vllm_transfer import WeightReceiver
+from orchestrator.errors import PublicationError
 from orchestrator.weights import Publication, install
 
 if TYPE_CHECKING:
@@ -25,15 +26,40 @@ if TYPE_CHECKING:
 
 
 class Generator:
-    """One engine of the pool. Methods are coroutines, so publications and status calls pass running generation."""
+    """One engine of the pool. Methods are coroutines, so publications and status calls pass running generation.
 
-    def __init__(self, name: str, kind: str, engine_options: dict[str, Any]) -> None:
+    Args:
+        name: for messages.
+        kind: of the engine.
+        engine_options: see `build_engine`.
+        fixed_version: of the weights in the engine's folder, where they are served as they are (a judge's); None: the
+            generator answers once weights were published to it.
+    """
+
+    def __init__(
+        self, name: str, kind: str, engine_options: dict[str, Any], fixed_version: PolicyVersion | None = None
+    ) -> None:
         self.name = name
         self._loop = EngineLoop(build_engine(kind, **engine_options), on_failure=_die)
+        self._loop.version = fixed_version
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
         """Completes `requests`, in their order, as one wave."""
         return await asyncio.wrap_future(self._loop.submit(requests))
+
+    async def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        """Log-probs of ``sequence[1:]`` given their prefixes under the published weights; see `Engine.score`.
+
+        Raises:
+            PublicationError: no weights were published, or the last publication failed.
+        """
+
+        def run(engine: Engine) -> list[NDArray[np.float32]]:
+            if self._loop.version is None:
+                raise PublicationError(f"{self.name} holds no published weights to score with")
+            return engine.score(sequences)
+
+        return await asyncio.wrap_future(self._loop.call(run))
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         """Gives requests up; they come back as aborted completions."""

@@ -10,16 +10,16 @@ from actors.judges import build_scorer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from conf.schema import ScorerConfig
+    from conf.schema import JudgeConfig, ScorerConfig
     from orchestrator.types import RolloutGroup, ScoredGroup
 
 
 class ScorerActor:
     """Scores groups, one after the other."""
 
-    def __init__(self, name: str, config: ScorerConfig) -> None:
+    def __init__(self, name: str, config: ScorerConfig, judge: JudgeConfig) -> None:
         self.name = name
-        self._scorer = build_scorer(config)
+        self._scorer = build_scorer(config, judge)
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
         """One scored group for each group, in order."""

@@ -145,7 +145,7 @@ class JudgeConfig:
         "policy: served by the generators themselves; own: a pool of its own with the weights of judge.model",
         choices=("policy", "own"),
     )
-    model: str | None = knob(None, "folder or hub id of the judge (engine=own; preference_model, reward_model)")
+    model: str | None = knob(None, "folder or hub id of the judge (engine=own: None is the initial policy)")
     style: str = knob("pointwise", "llm_judge: a score each, or comparisons", choices=("pointwise", "pairwise"))
     verdict: str = knob(
         "words",
@@ -154,6 +154,8 @@ class JudgeConfig:
     )
     rubric: str | None = knob(None, "text file with the judge's instructions; None: the packaged one of its style")
     principles: str | None = knob(None, "text file put into the rubric, such as a list of what a good answer does")
+    head: str = knob("J", "text put before the question that a step_judge reads")
+    yes: str = knob("Y", "what a step_judge writes behind a right step")
     votes: int = knob(3, "judgements sampled for each completion or each order of a comparison, averaged", low=1)
     temperature: float = knob(0.7, "of sampled judgements", low=0)
     top_p: float = knob(0.9, "of sampled judgements", above=0, high=1)
@@ -286,6 +288,12 @@ class EvaluationConfig:
     final_problems: int = knob(1024, "test problems before the first and after the last iteration", low=1)
     every: int = knob(1, "iterations between evaluations", low=1)
     temperature: float = knob(1.0, "of the sampled figure; the other one is greedy", above=0)
+    scorer: str = knob(
+        "verifier",
+        "who scores the answers. verifier: the task's own rule, whatever judge trains; judge: the judge that trains, "
+        "which then grades itself",
+        choices=("verifier", "judge"),
+    )
     kl_prompts: int = knob(64, "completions on which KL to the initial model is estimated; 0: off", low=0)
 
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from conf.schema import Config
 
+POOLED_KINDS = ("verifier", "preference_model", "reward_model")
+"""Kinds of scorers that run in scorer actors; the others ask the engines of generators or judges."""
 NEEDS_ANSWERS = ("final_answer", "exact", "math")
 """Verifiers that compare with a reference answer."""
 
@@ -91,10 +93,14 @@ def _inputs(config: Config) -> Iterator[Problem]:
     if task.kind != "addition" and task.test_path is None and task.test_fraction == 0:
         message = "task.test_fraction=0: nothing would be held out: set it above 0, or set task.test_path"
         yield Problem("task.test_fraction", message)
-    if task.kind == "prompts" and task.answer_field is None and scorer.verifier in NEEDS_ANSWERS:
+    verified = scorer.kind == "verifier" or config.evaluation.scorer == "verifier"
+    if verified and task.kind == "prompts" and task.answer_field is None and scorer.verifier in NEEDS_ANSWERS:
+        without = "scorer.verifier=function scorer.function=module.name"
+        if scorer.kind != "verifier":
+            without += ", or let the judge that trains evaluate as well: evaluation.scorer=judge"
         message = (
             f"scorer.verifier={scorer.verifier}: needs reference answers, but task.answer_field is null: set it to the"
-            " field that holds them, or judge without answers: scorer.verifier=function scorer.function=module.name"
+            f" field that holds them, or judge without answers: {without}"
         )
         yield Problem("scorer.verifier", message)
     if scorer.verifier == "function" and not scorer.function:
@@ -161,11 +167,18 @@ def _devices(config: Config) -> Iterator[Problem]:
         yield Problem("cluster.num_cpus", message)
 
 
+def own_judge_model(config: Config) -> str | None:
+    """What a judge with engines of its own serves: a folder or hub id, or "initial"; None where it has none."""
+    if config.scorer.kind == "implicit":
+        return config.judge.model or "initial"
+    if config.scorer.kind in ("llm_judge", "step_judge") and config.judge.engine == "own":
+        return config.judge.model or "initial"
+    return None
+
+
 def cpus_needed(config: Config) -> float:
     """Logical CPUs that all actors reserve."""
     generator, scorer = config.generator, config.scorer
-    return (
-        config.learner.cpus
-        + generator.num_actors * generator.cpus_per_actor
-        + scorer.num_actors * scorer.cpus_per_actor
-    )
+    engines = generator.num_actors + (config.judge.num_actors if own_judge_model(config) else 0)
+    pools = (scorer.kind in POOLED_KINDS) + (config.evaluation.scorer == "verifier" and scorer.kind != "verifier")
+    return config.learner.cpus + engines * generator.cpus_per_actor + pools * scorer.num_actors * scorer.cpus_per_actor

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import xxhash
+
 from orchestrator.errors import ModelError
+from orchestrator.types import PolicyVersion
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -95,6 +98,16 @@ def find_model(path: str, key: str = "model.path") -> Path:
             f" {constants.HF_HUB_CACHE}, and the hub does not give it ({str(error).splitlines()[0]}): correct the path,"
             f" log in (hf auth login), or fetch it once where there is a network: hf download {path}"
         ) from error
+
+
+def folder_version(folder: str | Path) -> PolicyVersion:
+    """The identity of weights that are served as they lie in a folder: by the bytes of their files."""
+    digest = xxhash.xxh3_64()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+    return PolicyVersion(number=0, digest=digest.hexdigest())
 
 
 def inspect_model(folder: Path) -> ModelShape:

@@ -7,13 +7,15 @@ import os
 import signal
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
 
 from actors.generator import Generator
 from actors.scorer import ScorerActor
-from conf.validate import cpus_needed
+from conf.validate import POOLED_KINDS, cpus_needed, own_judge_model
+from launch.model_files import find_model, folder_version
 from learners.learner import Learner
 from orchestrator.pools import ActorPool
 from orchestrator.queues import BatchQueue
@@ -24,7 +26,8 @@ from orchestrator.seeds import derive_seed
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from conf.schema import Config
+    from conf.schema import Config, JudgeConfig, ScorerConfig
+    from orchestrator.types import PolicyVersion
 
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -97,22 +100,60 @@ def start_roles(config: Config, *, model_dir: str, probe_token_ids: tuple[int, .
         restarts=config.generator.restarts,
         start_deadline_s=config.generator.start_deadline_s,
     )
-    scorers: ActorPool[Any, Any] = ActorPool(
-        role="scorer",
-        make=lambda index: _start_scorer(config, index),
-        num_actors=config.scorer.num_actors,
-        restarts=config.scorer.restarts,
-        start_deadline_s=config.scorer.start_deadline_s,
+    roles = Roles(
+        generators=generators,
+        scorers=_scorer_pool("scorer", config.scorer, config) if config.scorer.kind in POOLED_KINDS else None,
+        examiners=_examiner_pool(config),
+        judges=_judge_pool(config, model_dir) if own_judge_model(config) is not None else None,
+        learner=learner,
+        queue=BatchQueue.create(config.pipeline.queue_capacity),
     )
-    queue = BatchQueue.create(config.pipeline.queue_capacity)
-    generators.wait_ready()
-    scorers.wait_ready()
+    for pool in (roles.generators, roles.scorers, roles.examiners, roles.judges):
+        if pool is not None:
+            pool.wait_ready()
     deadline_s = config.learner.start_deadline_s
     fetch(learner.ready.remote(), what="learner: start", deadline_s=deadline_s, knob="learner.start_deadline_s")
-    return Roles(generators=generators, scorers=scorers, learner=learner, queue=queue)
+    return roles
 
 
-def _start_generator(config: Config, model_dir: str, index: int) -> Any:
+def _examiner_pool(config: Config) -> ActorPool[Any, Any] | None:
+    """Verifiers for evaluation; None where those of the judge that trains serve."""
+    if config.scorer.kind == "verifier" or config.evaluation.scorer == "judge":
+        return None
+    return _scorer_pool("examiner", replace(config.scorer, kind="verifier"), config)
+
+
+def _scorer_pool(role: str, scorer: ScorerConfig, config: Config) -> ActorPool[Any, Any]:
+    return ActorPool(
+        role=role,
+        make=lambda index: _start_scorer(f"{role}-{index}", scorer, config.judge),
+        num_actors=scorer.num_actors,
+        restarts=scorer.restarts,
+        start_deadline_s=scorer.start_deadline_s,
+    )
+
+
+def _judge_pool(config: Config, model_dir: str) -> ActorPool[Any, Any]:
+    """Generators of the judge's own, whose weights are those of their folder for the whole run."""
+    folder = str(find_model(config.judge.model, "judge.model")) if config.judge.model else model_dir
+    version = folder_version(folder)
+    own = replace(
+        config,
+        generator=replace(config.generator, gpus_per_actor=config.judge.gpus_per_actor, tensor_parallel_size=1),
+        cluster=replace(config.cluster, weight_transport="object_store"),
+    )
+    return ActorPool(
+        role="judge",
+        make=lambda index: _start_generator(own, folder, index, name="judge", fixed_version=version),
+        num_actors=config.judge.num_actors,
+        restarts=config.scorer.restarts,
+        start_deadline_s=config.generator.start_deadline_s,
+    )
+
+
+def _start_generator(
+    config: Config, model_dir: str, index: int, *, name: str = "generator", fixed_version: PolicyVersion | None = None
+) -> Any:
     generator, model = config.generator, config.model
     options = {
         "model_dir": model_dir,
@@ -123,18 +164,18 @@ def _start_generator(config: Config, model_dir: str, index: int) -> Any:
         "gpu_memory_utilization": generator.gpu_memory_utilization,
         "tensor_parallel_size": generator.tensor_parallel_size,
         "weight_transport": config.cluster.weight_transport,
-        "seed": derive_seed(config.seed, "generator", index),
+        "seed": derive_seed(config.seed, name, index),
     }
     threads = max(1, int(generator.cpus_per_actor))
     actor = ray.remote(Generator).options(
         num_cpus=generator.cpus_per_actor, num_gpus=generator.gpus_per_actor, runtime_env=_environment(threads)
     )
-    return actor.remote(f"generator-{index}", generator.kind, options)
+    return actor.remote(f"{name}-{index}", generator.kind, options, fixed_version)
 
 
-def _start_scorer(config: Config, index: int) -> Any:
-    actor = ray.remote(ScorerActor).options(num_cpus=config.scorer.cpus_per_actor, runtime_env=_environment(1))
-    return actor.remote(f"scorer-{index}", config.scorer)
+def _start_scorer(name: str, scorer: ScorerConfig, judge: JudgeConfig) -> Any:
+    actor = ray.remote(ScorerActor).options(num_cpus=scorer.cpus_per_actor, runtime_env=_environment(1))
+    return actor.remote(name, scorer, judge)
 
 
 def _start_learner(config: Config, model_dir: str, probe_token_ids: tuple[int, ...]) -> Any:

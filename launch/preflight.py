@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -136,7 +136,9 @@ def _check_run_dir(run_dir: Path, resume: Path | None) -> None:
 def _check_scorer(config: Config, task: Task | None) -> None:
     from actors.judges import build_scorer
 
-    build_scorer(config.scorer)
+    if config.evaluation.scorer == "judge" and config.scorer.kind != "verifier":
+        return
+    build_scorer(replace(config.scorer, kind="verifier"))
     if task is not None and not task.has_answers and config.scorer.verifier != "function":
         raise ConfigError(f"scorer.verifier={config.scorer.verifier}: needs reference answers: set task.answer_field")
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from conf.schema import Config
+    from orchestrator.judging import Judge
     from orchestrator.ledger import Ledger
     from orchestrator.prompts import PromptStream
     from orchestrator.publisher import Publisher
@@ -31,6 +32,10 @@ class Context:
     run_dir: Path
     roles: Roles
     rollouts: Rollouts
+    judge: Judge
+    """Its word trains the policy."""
+    examiner: Judge
+    """Its word is what evaluations report, and trains nothing unless the configuration makes it the judge as well."""
     publisher: Publisher
     prompts: PromptStream
     test_prompts: Sequence[Prompt]

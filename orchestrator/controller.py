@@ -79,7 +79,7 @@ class Controller:
         with context.stage("publish", 0):
             self._versions = [context.publisher.publish(0)]
         with context.stage("evaluate", 0):
-            evaluation = evaluate(context.rollouts, context.test_prompts, context.config, 0)
+            evaluation = evaluate(context.rollouts, context.examiner, context.test_prompts, context.config, 0)
             context.count_tokens(evaluation.tokens)
         metrics = evaluation.metrics() | context.stage_metrics()
         context.ledger.finish_iteration(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from conf.schema import Config
+    from orchestrator.judging import Judge
     from orchestrator.rollouts import Rollouts
     from orchestrator.types import Completion, Prompt, ScoredGroup
 
@@ -44,8 +45,10 @@ class Evaluation:
         return found | {"eval/abstained": float(self.abstained), "eval/tokens": float(self.tokens)}
 
 
-def evaluate(rollouts: Rollouts, prompts: Sequence[Prompt], config: Config, iteration: int) -> Evaluation:
-    """Answers every prompt once greedily and once by sampling, in one wave."""
+def evaluate(
+    rollouts: Rollouts, examiner: Judge, prompts: Sequence[Prompt], config: Config, iteration: int
+) -> Evaluation:
+    """Answers every prompt once greedily and once by sampling, in one wave, and has `examiner` score the answers."""
 
     def draw(purpose: str, temperature: float) -> Draw:
         sampling = SamplingParams(
@@ -54,7 +57,7 @@ def evaluate(rollouts: Rollouts, prompts: Sequence[Prompt], config: Config, iter
         return Draw(purpose=purpose, iteration=iteration, num_samples=1, sampling=sampling)
 
     greedy, sampled = rollouts.sample(prompts, [draw("greedy", 0.0), draw("sampled", config.evaluation.temperature)])
-    scored = rollouts.score(greedy + sampled)
+    scored = examiner.score(greedy + sampled)
     return Evaluation(
         greedy=accuracy(scored[: len(greedy)]),
         sampled=accuracy(scored[len(greedy) :]),

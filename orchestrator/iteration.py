@@ -93,7 +93,7 @@ class Iteration:
             ),
         )
         groups = context.rollouts.sample(prompts, [draw])[0]
-        scored = context.rollouts.score(groups)
+        scored = context.judge.score(groups)
         context.store.write_rollouts(self._number, scored)
         candidates: list[PreferencePair] = []
         counts: Counter[str] = Counter()
@@ -104,7 +104,7 @@ class Iteration:
         pairs, dropped = filter_pairs(candidates, config.filter)
         context.store.write_pairs(self._number, pairs)
         context.count_tokens(sum(len(c.token_ids) for group in groups for c in group.completions))
-        self._metrics |= metrics.rollout_metrics(scored)
+        self._metrics |= metrics.rollout_metrics(scored) | context.judge.metrics()
         self._metrics |= metrics.pair_metrics(pairs, counts, dropped)
         context.tracker.pairs(pairs)
         return pairs
@@ -168,7 +168,7 @@ class Iteration:
         context, config = self._context, self._context.config
         last = self._number == config.pipeline.iterations
         prompts = context.test_prompts[: config.evaluation.final_problems if last else config.evaluation.problems]
-        evaluation = evaluate(context.rollouts, prompts, config, self._number)
+        evaluation = evaluate(context.rollouts, context.examiner, prompts, config, self._number)
         context.count_tokens(evaluation.tokens)
         self._metrics |= evaluation.metrics()
         samples = evaluation.sampled_completions[: config.evaluation.kl_prompts]

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 class Judge(Protocol):
     """Says how good completions are, or which of two is better, or nothing where it cannot tell."""
 
-    name: str
-    """With a version, so that scores of different judges are never taken for one another: ``llm_judge:policy@1``."""
+    @property
+    def name(self) -> str:
+        """With a version, so that scores of different judges are never taken for one another."""
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
         """One scored group for each group, in order. A failure is an abstention, never an invented label.
@@ -44,8 +45,9 @@ class Judge(Protocol):
 class TextModel(Protocol):
     """A language model that answers in batches."""
 
-    version: str
-    """Changes with the weights: part of a judgement's identity and of its cache key."""
+    @property
+    def version(self) -> str:
+        """Changes with the weights: part of a judgement's identity and of its cache key."""
 
     def encode(self, text: str) -> Tokens:
         """Token ids of a text as it stands, with the tokens that begin a sequence."""

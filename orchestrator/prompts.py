@@ -105,6 +105,10 @@ class Renderer:
         """The template has written every special token that belongs there."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text as it stands, special tokens as those of a text prompt."""
+        return tuple(self._encode_text(text))
+
     def _encode_text(self, text: str) -> list[int]:
         """With the BOS that the tokenizer puts before a text, once, and without an EOS behind, which would end it."""
         ids = self.tokenizer.encode(text, add_special_tokens=True)

@@ -27,6 +27,13 @@ class Publisher:
         self._current: Publication | None = None
         roles.generators.on_start = self._bring_up_to_date
 
+    @property
+    def version(self) -> PolicyVersion:
+        """The weights that generators hold. Raises RuntimeError before the first publication."""
+        if self._current is None:
+            raise RuntimeError("no weights were published yet")
+        return self._current.version
+
     def publish(self, number: int) -> PolicyVersion:
         """Publishes the learner's weights as version `number`; returns once every generator has proved to hold them.
 

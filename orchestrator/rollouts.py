@@ -1,4 +1,4 @@
-"""From prompts to scored groups: the requests, the wave over the generators, the groups, the scores."""
+"""From prompts to groups of completions: the requests, the wave over the generators, the groups."""
 
 from __future__ import annotations
 
@@ -26,7 +26,12 @@ class Roles:
     """The actors of a run."""
 
     generators: ActorPool[GenerationRequest, Completion]
-    scorers: ActorPool[RolloutGroup, ScoredGroup]
+    scorers: ActorPool[RolloutGroup, ScoredGroup] | None
+    """The judge that trains, where it needs no engine; else None."""
+    examiners: ActorPool[RolloutGroup, ScoredGroup] | None
+    """The judge that evaluates; None where the judge that trains does."""
+    judges: ActorPool[GenerationRequest, Completion] | None
+    """Engines of a judge's own, whose weights never change; None where there is none or the generators serve it."""
     learner: Any
     """Handle of the `learners.learner.Learner` actor."""
     queue: BatchQueue
@@ -77,7 +82,7 @@ def make_groups(
 
 
 class Rollouts:
-    """Samples and scores through the pools.
+    """Samples through the pool of generators.
 
     Args:
         roles: the actors.
@@ -114,16 +119,6 @@ class Rollouts:
             groups.append(make_groups(prompts, completions[start : start + size], draw, self._config.seed))
             start += size
         return groups
-
-    def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
-        """Has the scorers judge every group."""
-        return self._roles.scorers.map(
-            lambda actor, share: actor.score.remote(share),
-            groups,
-            what=f"scoring {len(groups)} groups",
-            deadline_s=self._config.scorer.deadline_s,
-            knob="scorer.deadline_s",
-        )
 
     def _generated(self) -> tuple[int, int]:
         """Completions and tokens made so far by the actors that answer now; only drawn on the screen."""

@@ -9,14 +9,15 @@ from orchestrator.errors import ConfigError
 
 if TYPE_CHECKING:
     from actors.judges.base import Scorer
-    from conf.schema import ScorerConfig
+    from conf.schema import JudgeConfig, ScorerConfig
 
 
-def build_scorer(config: ScorerConfig, *, has_answers: bool = True) -> Scorer:
-    """The judge that `config` describes.
+def build_scorer(config: ScorerConfig, judge: JudgeConfig | None = None, *, has_answers: bool = True) -> Scorer:
+    """The scorer that `config` describes, of the kinds that need no engine.
 
     Args:
         config: Kind of the judge and its settings.
+        judge: Settings of those that are models.
         has_answers: Whether the task has reference answers (`Task.has_answers`).
 
     Raises:

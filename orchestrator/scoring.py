@@ -1,0 +1,112 @@
+"""Judges and their language models over actor pools: the transports behind `orchestrator/judging.py`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.prompts import Renderer
+from orchestrator.tasks.base import Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from conf.schema import TaskConfig
+    from orchestrator.pools import ActorPool
+    from orchestrator.prompts import PromptTokenizer
+    from orchestrator.tasks.base import Message
+    from orchestrator.types import Completion, GenerationRequest, PolicyVersion, RolloutGroup, ScoredGroup
+
+    Tokens = tuple[int, ...]
+
+
+class PooledJudge:
+    """A judge whose groups are scored by a pool of scorer actors.
+
+    Args:
+        name: what it is, for messages; each `ScoredGroup` carries the scorer's own name and version.
+        pool: of `actors.scorer.ScorerActor`.
+        deadline_s: seconds for one wave.
+    """
+
+    def __init__(self, name: str, pool: ActorPool[RolloutGroup, ScoredGroup], *, deadline_s: float) -> None:
+        self.name = name
+        self._pool = pool
+        self._deadline_s = deadline_s
+
+    def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
+        """See `Judge.score`."""
+        return self._pool.map(
+            lambda actor, share: actor.score.remote(share),
+            groups,
+            what=f"scoring {len(groups)} groups ({self.name})",
+            deadline_s=self._deadline_s,
+            knob="scorer.deadline_s",
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """See `Judge.metrics`: what scorer actors say is in the groups, and counted there."""
+        return {}
+
+
+class PooledTextModel:
+    """A `TextModel` over a pool of generators: the policy's own, or a judge's.
+
+    Args:
+        pool: of `actors.generator.Generator`.
+        tokenizer: of the model it serves.
+        version: of the weights it serves now.
+        template: whether chats are rendered by the tokenizer's template; `TaskConfig.template` is read.
+        deadline_s: seconds for one wave.
+    """
+
+    def __init__(
+        self,
+        pool: ActorPool[Any, Any],
+        tokenizer: PromptTokenizer,
+        *,
+        version: Callable[[], PolicyVersion | str],
+        template: TaskConfig,
+        deadline_s: float,
+    ) -> None:
+        self._pool = pool
+        self._version = version
+        self._tokenizer = tokenizer
+        self._render = Renderer(tokenizer, template)
+        self._deadline_s = deadline_s
+
+    @property
+    def version(self) -> str:
+        """See `TextModel.version`."""
+        return str(self._version())
+
+    def encode(self, text: str) -> Tokens:
+        """See `TextModel.encode`."""
+        return self._render.encode(text)
+
+    def encode_chat(self, messages: Sequence[Message]) -> Tokens:
+        """See `TextModel.encode_chat`."""
+        if self._render.as_chat:
+            return self._render(Problem(id="judge", content=tuple(messages), source="the judge's prompt")).token_ids
+        return self._render.encode("\n\n".join(message.content for message in messages) + "\n")
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
+        """See `TextModel.generate`."""
+        return self._map("generate", requests, f"completing {len(requests)} judgements")
+
+    def logprobs(self, sequences: Sequence[tuple[Tokens, Tokens]]) -> list[NDArray[np.float32]]:
+        """See `TextModel.logprobs`."""
+        whole = [prompt + completion for prompt, completion in sequences]
+        scored = self._map("score", whole, f"scoring {len(whole)} sequences")
+        return [values[len(prompt) - 1 :] for values, (prompt, _) in zip(scored, sequences, strict=True)]
+
+    def _map(self, method: str, work: Sequence[Any], what: str) -> list[Any]:
+        return self._pool.map(
+            lambda actor, share: getattr(actor, method).remote(share),
+            work,
+            what=f"judge: {what}",
+            deadline_s=self._deadline_s,
+            knob="judge.deadline_s",
+        )
