@@ -164,6 +164,7 @@ ending = sys.argv[1]
 if ending == "error":
     raise RuntimeError("boom")
 if ending == "interrupt":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it, and so do we
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(5)
 console.finish(RunStatus.FINISHED)
