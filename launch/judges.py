@@ -34,6 +34,7 @@ def build_judge(config: Config, roles: Roles, inputs: Inputs, publisher: Publish
         inputs.tokenizer,
         version=lambda: publisher.version,
         template=config.task,
+        max_length=config.model.max_length,
         deadline_s=config.judge.deadline_s,
     )
     model = policy if own_judge_model(config) is None else _own_model(config, roles, inputs)
@@ -63,5 +64,6 @@ def _own_model(config: Config, roles: Roles, inputs: Inputs) -> TextModel:
         tokenizer,
         version=lambda: version,
         template=config.task,
+        max_length=config.model.max_length,
         deadline_s=config.judge.deadline_s,
     )

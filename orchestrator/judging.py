@@ -49,6 +49,14 @@ class TextModel(Protocol):
     def version(self) -> str:
         """Changes with the weights: part of a judgement's identity and of its cache key."""
 
+    @property
+    def max_length(self) -> int:
+        """Context in tokens: what is asked and what is answered together."""
+
+    @property
+    def special_tokens(self) -> Sequence[str]:
+        """Texts that the tokenizer reads as tokens of control wherever they stand."""
+
     def encode(self, text: str) -> Tokens:
         """Token ids of a text as it stands, with the tokens that begin a sequence."""
 

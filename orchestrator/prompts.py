@@ -14,7 +14,7 @@ from orchestrator.errors import ConfigError, DataError
 from orchestrator.types import Prompt
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from conf.schema import TaskConfig
     from orchestrator.tasks.base import Problem, Task
@@ -29,6 +29,8 @@ class PromptTokenizer(Protocol):
     pad_token_id: int | None
     unk_token_id: int | None
     chat_template: str | dict[str, str] | None
+    added_tokens_decoder: Mapping[int, Any]
+    """Ids and `AddedToken`s of what is read as one token wherever it stands, tokens of control among them."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a text."""

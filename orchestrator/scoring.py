@@ -59,6 +59,7 @@ class PooledTextModel:
         tokenizer: of the model it serves.
         version: of the weights it serves now.
         template: whether chats are rendered by the tokenizer's template; `TaskConfig.template` is read.
+        max_length: context of its engines, tokens.
         deadline_s: seconds for one wave.
     """
 
@@ -69,8 +70,11 @@ class PooledTextModel:
         *,
         version: Callable[[], PolicyVersion | str],
         template: TaskConfig,
+        max_length: int,
         deadline_s: float,
     ) -> None:
+        self.max_length = max_length
+        self.special_tokens = tuple(token.content for token in tokenizer.added_tokens_decoder.values())
         self._pool = pool
         self._version = version
         self._tokenizer = tokenizer
