@@ -10,6 +10,7 @@
     +-- PublicationError     a generator that does not hold the published weights. Exit code 1.
     +-- ActorLostError       an actor whose process died. Exit code 1.
     +-- PoolError            actors that died more often than their restart budget allows. Exit code 1.
+    +-- JudgeError           a judge that says next to nothing that can be used. Exit code 1.
     +-- TrainingError        a loss or gradient that is not finite. Exit code 1.
     +-- QueueClosedError     put or lease on a closed queue (control flow, never shown to users)
 
@@ -55,6 +56,10 @@ class ActorLostError(AgonError, RuntimeError):
 
 class PoolError(AgonError, RuntimeError):
     """Actors of a pool died more often than the restart budget allows."""
+
+
+class JudgeError(AgonError, RuntimeError):
+    """A judge gave no verdict in more of its judgements than the configuration allows."""
 
 
 class TrainingError(AgonError, RuntimeError):

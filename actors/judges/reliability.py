@@ -1,0 +1,163 @@
+"""How far a judge can be trusted: what it says of itself in every iteration, and against a truth where there is one.
+
+All figures are of the judgements since the last report; one that makes no sense (the mean of nothing) is left out.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from actors.judges.comparisons import opinions, sign_of
+from orchestrator.errors import JudgeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from actors.judges.verdicts import Verdict
+    from orchestrator.types import ScoredGroup
+
+_BINS = 10
+"""Of the calibration error."""
+
+
+class Reliability:
+    """Collects a judge's verdicts and scored groups between two reports."""
+
+    def __init__(self) -> None:
+        self.last_failure = ""
+        """What the judge said when it last gave no verdict; kept over reports."""
+        self._start()
+
+    def _start(self) -> None:
+        self._readable: list[bool] = []
+        self._agreements: list[float] = []
+        self._orders: list[tuple[float, float]] = []
+        self._judged: list[ScoredGroup] = []
+
+    def votes(self, readings: Iterable[Sequence[Verdict]]) -> None:
+        """Takes the votes on some questions."""
+        for votes in readings:
+            values = [vote.value for vote in votes if vote.value is not None]
+            self._readable += [vote.value is not None for vote in votes]
+            self.last_failure = next((vote.failure for vote in votes if vote.value is None), self.last_failure)
+            if len(values) > 1:
+                self._agreements.append(observed_agreement(values))
+
+    def orders(self, shown: float, swapped: float) -> None:
+        """Takes one comparison in both orders: each time, the probability that the answer shown first wins."""
+        self._orders.append((shown, swapped))
+
+    def groups(self, scored: Iterable[ScoredGroup]) -> None:
+        """Takes what became of the groups."""
+        self._judged += scored
+
+    def report(self, *, cache_hits: int) -> dict[str, float]:
+        """The figures under `judge/` since the last report, of whose votes `cache_hits` needed no asking."""
+        found = group_figures(self._judged)
+        if self._readable:
+            found["parse_failure_fraction"] = 1 - fmean(self._readable)
+            found["cache_hit_fraction"] = cache_hits / len(self._readable)
+        if self._agreements:
+            found["vote_agreement"] = fmean(self._agreements)
+        if self._orders:
+            found["position_bias"] = fmean((shown + swapped) / 2 for shown, swapped in self._orders) - 0.5
+            found["order_agreement"] = fmean(
+                sign_of(shown, 0.5) == sign_of(0.5, swapped) for shown, swapped in self._orders
+            )
+        self._start()
+        return {f"judge/{name}": value for name, value in found.items()}
+
+
+def group_figures(judged: Sequence[ScoredGroup]) -> dict[str, float]:
+    """Abstentions, ties and the bias for length of scored groups, names without `judge/`."""
+    if not judged:
+        return {}
+    found: dict[str, float] = {}
+    pairs = [(scored, i, j, first) for scored in judged for (i, j), first in opinions(scored).items()]
+    decided = [first for *_, first in pairs if first is not None]
+    if all(scored.preferences is None for scored in judged):
+        found["abstained_fraction"] = fmean(score.value is None for scored in judged for score in scored.scores)
+    elif pairs:
+        found["abstained_fraction"] = 1 - len(decided) / len(pairs)
+    if decided:
+        found["tie_fraction"] = fmean(sign_of(first, 0.5) == 0.5 for first in decided)
+    sides = [
+        (sign_of(first, 0.5) - 0.5) * (sign_of(_length(scored, i), _length(scored, j)) - 0.5)
+        for scored, i, j, first in pairs
+        if first is not None
+    ]
+    if told := [side > 0 for side in sides if side]:
+        found["length_bias"] = 2 * fmean(told) - 1
+    return found
+
+
+def _length(scored: ScoredGroup, index: int) -> int:
+    return len(scored.group.completions[index].token_ids)
+
+
+def observed_agreement(values: Sequence[float]) -> float:
+    """Share of the pairs of votes on one question that are equal (Fleiss 1971, Psychological Bulletin 76, eq. 2)."""
+    return fmean(sign_of(first, second) == 0.5 for first, second in combinations(values, 2))
+
+
+def truth_figures(judged: Sequence[ScoredGroup], truth: Sequence[ScoredGroup]) -> dict[str, float]:
+    """How often the judge orders two completions as the truth does, and whether it is as sure as it is right.
+
+    `judge/accuracy` counts a judge's tie as half right. `judge/calibration_error` is the expected calibration error
+    (Guo et al. 2017, arXiv:1706.04599, eq. 3; ten bins) of its probability for the answer that it prefers. Only
+    comparisons that both decide, and that are no tie in truth, count.
+
+    Args:
+        judged: by the judge.
+        truth: the same groups in the same order, scored by a rule or by people.
+    """
+    rights: list[float] = []
+    sure: list[tuple[float, float]] = []
+    for guess, fact in zip(judged, truth, strict=True):
+        true = opinions(fact)
+        for pair, first in opinions(guess).items():
+            actual = true[pair]
+            if first is None or actual is None or sign_of(actual, 0.5) == 0.5:
+                continue
+            right = 1 - abs(sign_of(first, 0.5) - sign_of(actual, 0.5))
+            rights.append(right)
+            sure.append((max(first, 1 - first), right))
+    if not rights:
+        return {}
+    return {"judge/accuracy": fmean(rights), "judge/calibration_error": calibration_error(sure)}
+
+
+def calibration_error(sure: Sequence[tuple[float, float]]) -> float:
+    """Mean distance between confidence and share of right answers over bins of confidence, weighted by their sizes.
+
+    Args:
+        sure: (confidence in [1/2, 1], 1 where it was right, 0 where not) of each comparison; not empty.
+    """
+    bins: dict[int, list[tuple[float, float]]] = {}
+    for confidence, right in sure:
+        bins.setdefault(min(int((confidence - 0.5) * 2 * _BINS), _BINS - 1), []).append((confidence, right))
+    gaps = (abs(sum(confidence - right for confidence, right in members)) for members in bins.values())
+    return sum(gaps) / len(sure)
+
+
+def check_answering(judge: str, figures: Mapping[str, float], limit: float, *, example: str) -> None:
+    """Stops a run whose judge says next to nothing that can be used.
+
+    Args:
+        judge: its name.
+        figures: of its `metrics`; `judge/parse_failure_fraction` is read.
+        limit: `judge.max_failed_fraction`.
+        example: what it said instead of a verdict (`LlmJudge.last_failure`).
+
+    Raises:
+        JudgeError: a larger share of its judgements than `limit` gave no verdict.
+    """
+    failed = figures.get("judge/parse_failure_fraction", 0.0)
+    if failed > limit:
+        raise JudgeError(
+            f"{judge} gave no verdict in {failed:.1%} of its judgements (judge.max_failed_fraction={limit:g}). Latest:"
+            f" {example}. Mend the rubric, take an abler judge.model, raise judge.max_tokens, or read"
+            " judge.verdict=probability, which needs no words"
+        )
