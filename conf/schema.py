@@ -232,6 +232,12 @@ class LearnerConfig:
     batch_pairs: int = knob(128, "pairs in one optimizer step (the global batch)", low=1)
     epochs: int = knob(1, "passes over an iteration's pairs", low=1)
     micro_batch_tokens: int = knob(8192, "tokens in one forward pass; more pairs are accumulated", low=16)
+    replay_path: str | None = knob(
+        None,
+        "seed data gone over again in every step, .jsonl; None: what the tiny model was taught to judge with, if so",
+    )
+    replay_sequences: int = knob(0, "sequences of seed data in one optimizer step", low=0)
+    replay_weight: float = knob(1.0, "of their token-mean loss beside the preference loss", low=0)
     vocab_chunk: int = knob(4096, "columns of the vocabulary whose logits are held at once", low=1)
     activation_checkpointing: bool = knob(False, "recompute layers in the backward pass instead of storing them")
     start_deadline_s: float = knob(300, "the learner must be ready after so long", above=0)

@@ -258,6 +258,19 @@ class PreferenceBatch:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SeedSequence:
+    """A worked example that is replayed beside the pairs, such as a judgement that the policy is to remember to make.
+
+    Example: ``SeedSequence(prompt=(1, 19, 8, ...), completion=(8, 13, ..., 20), learned=(False, False, ..., True))``
+    """
+
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+    learned: tuple[bool, ...]
+    """Which tokens of the completion are learned; at least one is."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class UpdateResult:
     """What one optimizer step did.
 

@@ -110,10 +110,15 @@ def _id(record: Record, config: TaskConfig) -> str:
 
 
 def _parse_prompt(record: Record, config: TaskConfig) -> tuple[str | tuple[Message, ...], str | None]:
-    value = record.value(config.prompt_field)
-    where = f"field {config.prompt_field!r}"
-    content = _parse_chat(record, value, where) if isinstance(value, list) else record.clean(value, where)
+    content = parse_content(record, config.prompt_field)
     return content, None if config.answer_field is None else _parse_answer(record, config.answer_field)
+
+
+def parse_content(record: Record, field: str) -> str | tuple[Message, ...]:
+    """The text or chat in a field of a record. Raises DataError saying what is wrong with it."""
+    value = record.value(field)
+    where = f"field {field!r}"
+    return _parse_chat(record, value, where) if isinstance(value, list) else record.clean(value, where)
 
 
 def _parse_chat(record: Record, turns: list[Any], where: str) -> tuple[Message, ...]:
