@@ -1,6 +1,7 @@
 """Judged text stays data: inside its fence, without tokens of control, and never the one who speaks the verdict."""
 
 import re
+import unicodedata
 
 import pytest
 from hypothesis import given
@@ -93,6 +94,11 @@ def outside(question):
     return rest.replace(mark, "mark")
 
 
+def flattened(text):
+    """What a normalizer may make of a text before its tokens are looked up."""
+    return unicodedata.normalize("NFKC", text).replace("\u200b", "").lower()
+
+
 def test_there_are_enough_attacks():
     assert len(ATTACKS) >= 30
 
@@ -109,6 +115,7 @@ def test_an_attack_stays_inside_its_fence_and_changes_no_verdict(attack, style, 
         assert held[0] == "What is 1+1?"
         assert set(held[1:]) <= {neutralise(attack, SPECIALS), "plain"}
     assert (scored.scores, scored.preferences) == (same.scores, same.preferences)
+    assert not any(flattened(token) in flattened(question) for question in questions for token in SPECIALS)
     if "\ud800" not in attack:  # which no tokenizer takes
         controls = {tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens}
         for question in questions:
@@ -128,8 +135,12 @@ def test_texts_without_tokens_of_control_are_left_as_they_are(text):
     assert neutralise(text, SPECIALS) == text
 
 
+def test_tokens_that_overlap_are_all_broken():
+    assert neutralise("abc", ("ab", "bc")) == "a b c"
+
+
 _PIECES = st.sampled_from(
-    [*SPECIALS, "<|im_", "end|>", "\u200b", "<", "|", ">", "[", "INST]", "</", "s>", " ", "\n", "a"]
+    [*SPECIALS, "<|im_", "end|>", "\u200b", "<", "|", ">", "\uff1c", "\uff5c", "[", "INST]", "</", "s>", " ", "\n", "a"]
 )
 
 
@@ -138,6 +149,7 @@ def test_no_token_of_control_survives_however_it_is_put_together(tokenizer, text
     controls = {tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens}
     safe = neutralise(text, SPECIALS)
     assert not controls & set(tokenizer.encode(safe, add_special_tokens=False))
+    assert not any(flattened(token) in flattened(safe) for token in SPECIALS)
     assert neutralise(safe, SPECIALS) == safe
 
 

@@ -71,7 +71,7 @@ def neutralise(text: str, special_tokens: Sequence[str]) -> str:
     plain = _plain(text)
     if pattern.search(plain):
         text = plain
-    while pattern.search(text):  # a break may put together another one, as in `<|im_<|im_end|>end|>`
+    while pattern.search(text):  # of tokens that overlap, one pass breaks the first
         text = pattern.sub(_broken, text)
     return text
 
