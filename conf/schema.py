@@ -156,12 +156,22 @@ class JudgeConfig:
     principles: str | None = knob(None, "text file put into the rubric, such as a list of what a good answer does")
     head: str = knob("J", "text put before the question that a step_judge reads")
     yes: str = knob("Y", "what a step_judge writes behind a right step")
-    votes: int = knob(3, "judgements sampled for each completion or each order of a comparison, averaged", low=1)
+    votes: int = knob(
+        3, "judgements sampled for each completion or each order of a comparison (verdict=words), averaged", low=1
+    )
     temperature: float = knob(0.7, "of sampled judgements", low=0)
     top_p: float = knob(0.9, "of sampled judgements", above=0, high=1)
     max_tokens: int = knob(256, "longest judgement, tokens", low=1)
     max_failed_fraction: float = knob(
         0.95, "an iteration in which the judge said nothing usable more often than this stops the run", low=0, high=1
+    )
+    length_normalized: bool = knob(False, "implicit: mean over the completion's tokens instead of their sum")
+    members: list[str] = knob(["llm_judge", "implicit", "majority"], "kinds of scorers in an ensemble")  # noqa: RUF009
+    min_agreement: float = knob(
+        0.6,
+        "ensemble: share of all members that must be on one side, or the comparison is left undecided",
+        low=0,
+        high=1,
     )
     num_actors: int = knob(1, "engines of the judge's own pool", low=1)
     gpus_per_actor: float = knob(0, "GPUs of one engine of its own pool", low=0)
@@ -174,8 +184,12 @@ class PairingConfig:
 
     policy: str = knob(
         "best_worst",
-        "best_worst: highest against lowest score, then the next ones inwards; all: every pair that differs",
-        choices=("best_worst", "all"),
+        "best_worst: highest against lowest score, then the next ones inwards; all: every pair that differs; "
+        "length_controlled: the shortest of the near-best against the longest of the near-worst, one pair",
+        choices=("best_worst", "all", "length_controlled"),
+    )
+    length_control: float = knob(
+        0.1, "rho: share of the range of scores that counts as near-best and as near-worst", low=0, high=0.4
     )
     max_pairs: int = knob(1, "pairs of one prompt at most", low=1)
     min_margin: float = knob(0.0, "pairs whose scores differ by no more than this are ties and dropped", low=0)

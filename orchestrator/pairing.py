@@ -69,14 +69,15 @@ def make_pairs(
 
     Args:
         scored: the group; completions whose score is None are left out.
-        config: `best_worst` pairs highest with lowest, then the next ones inwards; `all` pairs every two that differ.
+        config: `best_worst` pairs highest with lowest, then the next ones inwards; `all` pairs every two that differ;
+            `length_controlled` pairs the shortest of the near-best with the longest of the near-worst.
         reference: the loss reference written into each pair.
 
     Raises:
         DataError: a score is not finite.
     """
     ranked = _ranked(scored)
-    candidates = _inwards(ranked, config.max_pairs) if config.policy == "best_worst" else _all(ranked)
+    candidates = _candidates(ranked, config)
     kept: list[PreferencePair] = []
     ties = undecided = 0
     for best, worst in candidates:
@@ -111,10 +112,40 @@ def _lot(completion: Completion, seed: int) -> int:
     return int(xxhash.xxh3_64_intdigest(np.asarray(completion.token_ids, dtype="<i8").tobytes(), seed=seed))
 
 
+def _candidates(ranked: list[_Scored], config: PairingConfig) -> Iterable[tuple[_Scored, _Scored]]:
+    match config.policy:
+        case "best_worst":
+            return _inwards(ranked, config.max_pairs)
+        case "length_controlled":
+            return _length_controlled(ranked, config.length_control)
+        case _:
+            return _all(ranked)
+
+
 def _inwards(ranked: list[_Scored], max_pairs: int) -> Iterator[tuple[_Scored, _Scored]]:
     """(1st, last), (2nd, 2nd last), ..."""
     for step in range(min(max_pairs, len(ranked) // 2)):
         yield ranked[step], ranked[-1 - step]
+
+
+def _length_controlled(ranked: list[_Scored], rho: float) -> Iterator[tuple[_Scored, _Scored]]:
+    """One pair by the length control of Meta-Rewarding Language Models (Wu et al. 2024, arXiv:2407.19594).
+
+        chosen    the shortest among scores >= (1 - rho) max + rho min
+        rejected  the longest among scores <= (1 - rho) min + rho max
+
+    Length is in tokens; among equally long ones the more extreme score is taken.
+    """
+    if len(ranked) < 2:
+        return
+    high, low = ranked[0].score, ranked[-1].score
+    best_from, worst_to = (1 - rho) * high + rho * low, (1 - rho) * low + rho * high
+    best = [item for item in ranked if item.score > best_from or is_tie(item.score, best_from)]
+    worst = [item for item in ranked if item.score < worst_to or is_tie(item.score, worst_to)]
+    yield (
+        min(best, key=lambda item: len(item.completion.token_ids)),
+        min(reversed(worst), key=lambda item: -len(item.completion.token_ids)),
+    )
 
 
 def _all(ranked: list[_Scored]) -> Iterable[tuple[_Scored, _Scored]]:

@@ -16,7 +16,8 @@ from tests.records import PROMPT, V0, completion, scored
 SCORES = st.lists(st.sampled_from([None, 0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=8)
 CONFIGS = st.builds(
     PairingConfig,
-    policy=st.sampled_from(["best_worst", "all"]),
+    policy=st.sampled_from(["best_worst", "all", "length_controlled"]),
+    length_control=st.sampled_from([0.0, 0.1, 0.25, 0.4]),
     max_pairs=st.integers(1, 6),
     min_margin=st.sampled_from([0.0, 0.25]),
 )
@@ -47,6 +48,41 @@ def test_a_scorer_that_compares_labels_the_pair_or_leaves_it_unsaid():
 def test_all_takes_the_widest_margins_first():
     made, _ = compared([0.0, 0.3, 1.0], policy="all", max_pairs=2)
     assert made == [(1.0, 0.0), (1.0, 0.3)]
+
+
+def of_lengths(*scored_lengths, seed=7):
+    """A group with these (score, tokens)."""
+    completions = tuple(completion(*[10 + k] * length) for k, (_, length) in enumerate(scored_lengths))
+    return scored(*(score for score, _ in scored_lengths), completions=completions, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("rho", "chosen", "rejected"),
+    [
+        (0.0, (10, 6), (0, 2)),
+        (0.1, (9, 3), (0, 2)),  # from 9 up, to 1 down: 9 itself is near-best
+        (0.2, (9, 3), (2, 7)),
+        (0.4, (6, 1), (4, 9)),
+    ],
+)
+def test_length_control_takes_the_shortest_good_and_the_longest_bad(rho, chosen, rejected):
+    """Meta-Rewarding: chosen among scores >= (1-rho) max + rho min, rejected among those <= (1-rho) min + rho max."""
+    group = of_lengths((10, 6), (2, 7), (9, 3), (5, 99), (6, 1), (None, 50), (0, 2), (4, 9))
+    config = PairingConfig(policy="length_controlled", length_control=rho)
+    ((made,), _) = make_pairs(group, config, reference=V0)
+    assert (made.chosen_score, len(made.chosen.token_ids)) == chosen
+    assert (made.rejected_score, len(made.rejected.token_ids)) == rejected
+
+
+def test_length_control_prefers_the_more_extreme_of_equally_long_ones():
+    group = of_lengths((10, 3), (9, 3), (1, 3), (0, 3))
+    ((made,), _) = make_pairs(group, PairingConfig(policy="length_controlled", length_control=0.2), reference=V0)
+    assert (made.chosen_score, made.rejected_score) == (10, 0)
+
+
+def test_length_alone_makes_no_preference():
+    for group in (of_lengths((1, 3), (1, 9)), of_lengths((1, 3), (None, 9)), of_lengths((None, 3), (None, 9))):
+        assert make_pairs(group, PairingConfig(policy="length_controlled"), reference=V0)[0] == []
 
 
 def test_ties_are_counted_and_never_paired():
@@ -111,6 +147,8 @@ def test_every_pair_is_a_judgement_that_was_made(values, config):
         assert p.margin > config.min_margin
     assert [p.margin for p in pairs] == sorted((p.margin for p in pairs), reverse=True)
     given_scores = [v for v in values if v is not None]
+    if config.policy == "length_controlled" and config.length_control:
+        return
     if given_scores and max(given_scores) - min(given_scores) > config.min_margin:
         assert (pairs[0].chosen_score, pairs[0].rejected_score) == (max(given_scores), min(given_scores))
 
