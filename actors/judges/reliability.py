@@ -53,7 +53,7 @@ class Reliability:
         """Takes what became of the groups."""
         self._judged += scored
 
-    def report(self, *, cache_hits: int) -> dict[str, float]:
+    def report(self, *, cache_hits: int = 0) -> dict[str, float]:
         """The figures under `judge/` since the last report, of whose votes `cache_hits` needed no asking."""
         found = group_figures(self._judged)
         if self._readable:

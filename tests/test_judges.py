@@ -1,0 +1,243 @@
+"""Judges that need no words, and how far any judge can be trusted. Expected numbers are worked out by hand."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actors.judges.comparisons import fill_table, opinions, win_rates
+from actors.judges.ensemble import Ensemble, build_ensemble
+from actors.judges.implicit import build_implicit
+from actors.judges.llm_judge import build_llm_judge
+from actors.judges.majority import build_majority
+from actors.judges.reliability import calibration_error, check_answering, observed_agreement, truth_figures
+from conf.schema import JudgeConfig, ScorerConfig
+from orchestrator.errors import ConfigError, JudgeError
+from orchestrator.types import FinishReason, Score, ScoredGroup
+from tests.judges import ScriptedModel, group_of
+
+
+def values(scored):
+    return [score.value for score in scored.scores]
+
+
+def scores_of(group, *numbers, preferences=None):
+    scores = tuple(Score(value=number, reason="" if number is not None else "silent") for number in numbers)
+    return ScoredGroup(group=group, scores=scores, scorer="test@1", preferences=preferences)
+
+
+class Fixed:
+    """Says of the groups what it was given."""
+
+    def __init__(self, name, *scored):
+        self.name, self.scored = name, list(scored)
+
+    def score(self, groups):
+        return [replace(scored, group=group) for scored, group in zip(self.scored, groups, strict=True)]
+
+    def metrics(self):
+        return {"judge/tie_fraction": 0.25}
+
+
+# -- tables of comparisons --
+
+
+def test_win_rates_leave_out_what_was_not_decided():
+    table = fill_table(4, {(0, 1): 0.9, (0, 2): None, (1, 2): 0.3})
+    assert table[1] == (pytest.approx(0.1), 0.5, 0.3, None)
+    assert [table[i][i] for i in range(4)] == [0.5] * 4
+    scores = win_rates(table, "nobody knows")
+    assert [s.value for s in scores] == [0.9, pytest.approx((0.1 + 0.3) / 2), 0.7, None]
+    assert scores[3].reason == "nobody knows"
+
+
+@given(st.lists(st.none() | st.floats(0, 1), min_size=6, max_size=6))
+def test_a_table_says_the_same_from_both_sides(firsts):
+    pairs = [(i, j) for i in range(4) for j in range(i + 1, 4)]
+    table = fill_table(4, dict(zip(pairs, firsts, strict=True)))
+    for i in range(4):
+        for j in range(4):
+            assert (table[i][j] is None) == (table[j][i] is None)
+            assert table[i][j] is None or table[i][j] + table[j][i] == pytest.approx(1)
+
+
+# -- majority --
+
+
+def test_the_common_answer_wins():
+    judge = build_majority(ScorerConfig(verifier="final_answer", marker="#"))
+    group = group_of("a #7", "b # 7 ", "c #8", "none", "#7#9", "#")
+    (scored,) = judge.score([group])
+    assert values(scored) == [2 / 6, 2 / 6, 1 / 6, None, 1 / 6, None]
+    assert scored.scores[3].reason == "it has no final answer"
+    assert judge.metrics()["judge/abstained_fraction"] == pytest.approx(2 / 6)
+
+
+def test_a_completion_that_was_cut_off_has_no_final_answer():
+    judge = build_majority(ScorerConfig(verifier="exact"))
+    cut = group_of("7", "7", finish=FinishReason.LENGTH)
+    assert [values(scored) for scored in judge.score([group_of("7 ", "7"), cut])] == [[1.0, 1.0], [None, None]]
+
+
+def test_the_vote_needs_no_reference_answer_and_sees_none():
+    judge = build_majority(ScorerConfig(verifier="exact"))
+    group = group_of("7", "7", "8")
+    told = replace(group, prompt=replace(group.prompt, answer="8"))
+    assert values(judge.score([group])[0]) == values(judge.score([told])[0]) == [2 / 3, 2 / 3, 1 / 3]
+
+
+def test_mathematically_equal_answers_are_one():
+    judge = build_majority(ScorerConfig(verifier="math"))
+    group = group_of(r"so $\frac{1}{2}$", "it is 0.5", r"$\boxed{\frac{2}{4}}$", "The answer is 3", "who knows")
+    assert values(judge.score([group])[0]) == [3 / 5, 3 / 5, 3 / 5, 1 / 5, None]
+
+
+def test_a_vote_needs_answers():
+    with pytest.raises(ConfigError, match=r"scorer\.verifier=function: gives scorer\.kind=majority no final answer"):
+        build_majority(ScorerConfig(verifier="function"))
+
+
+# -- implicit --
+
+
+class Weights(ScriptedModel):
+    """Every token has the same log-prob."""
+
+    def __init__(self, logprob, version):
+        super().__init__()
+        self.logprob, self.version = logprob, version
+
+    def logprobs(self, sequences):
+        self.sequences += sequences
+        return [np.full(len(completion), self.logprob, dtype=np.float32) for _, completion in sequences]
+
+
+def test_the_implicit_reward_is_the_log_ratio():
+    policy, initial = Weights(-0.5, "v1"), Weights(-1.25, "v0")
+    group = group_of("ab", "abcd", "")
+    (summed,) = build_implicit(JudgeConfig(), policy, initial, beta=0.1).score([group])
+    assert values(summed) == [pytest.approx(0.1 * 2 * 0.75), pytest.approx(0.1 * 4 * 0.75), None]
+    assert policy.sequences == [(group.prompt.token_ids, c.token_ids) for c in group.completions[:2]]
+    (mean,) = build_implicit(JudgeConfig(length_normalized=True), policy, initial, beta=0.1).score([group])
+    assert values(mean) == [pytest.approx(0.075), pytest.approx(0.075), None]
+    assert summed.scorer != mean.scorer
+    assert "v1/v0" in summed.scorer
+
+
+def test_a_policy_that_has_not_changed_rewards_nothing():
+    same = Weights(-0.5, "v0")
+    assert values(build_implicit(JudgeConfig(), same, same, beta=0.1).score([group_of("ab", "abcd")])[0]) == [0.0, 0.0]
+
+
+# -- ensembles --
+
+
+def test_an_ensemble_speaks_where_its_members_agree():
+    group = group_of("a", "bb", "ccc")
+    by_points = Fixed("points", scores_of(group, 5.0, 1.0, 1.0))
+    by_reward = Fixed("reward", scores_of(group, 0.02, 0.01, None))
+    by_table = Fixed("table", scores_of(group, 0, 0, 0, preferences=fill_table(3, {(0, 1): 0.8, (0, 2): 0.4})))
+    judge = Ensemble({"a": by_points, "b": by_reward, "c": by_table}, min_agreement=0.6)
+    (scored,) = judge.score([group])
+    # 0 over 1: 1, 1, 0.8. 0 over 2: 1, -, 0.4 on two sides. 1 over 2: a tie, -, -.
+    assert scored.preferences[0][1] == pytest.approx(2.8 / 3)
+    assert scored.preferences[0][2] is None
+    assert scored.preferences[1][2] is None
+    assert values(scored) == [pytest.approx(2.8 / 3), pytest.approx(0.2 / 3), None]
+    found = judge.metrics()
+    assert found["judge/ensemble_agreement"] == pytest.approx((1 + 1 / 3 + 1 / 3) / 3)
+    assert found["judge/b_tie_fraction"] == 0.25
+    assert scored.scorer == "ensemble(points, reward, table)@1"
+
+
+def test_two_members_that_contradict_each_other_say_nothing():
+    group = group_of("a", "bb")
+    for other, expected in (((0.0, 1.0), None), ((2.0, 2.0), None), ((None, None), None), ((7.0, 3.0), 1.0)):
+        members = {"a": Fixed("a", scores_of(group, 1.0, 0.0)), "b": Fixed("b", scores_of(group, *other))}
+        (scored,) = build_ensemble(JudgeConfig(), members).score([group])
+        assert scored.preferences[0][1] == expected
+
+
+def test_an_ensemble_of_one_is_refused():
+    with pytest.raises(ConfigError, match=r"judge\.members=\['a'\]: an ensemble needs at least two"):
+        Ensemble({"a": Fixed("a")}, 0.6)
+
+
+# -- reliability --
+
+
+def test_agreement_of_votes_is_that_of_fleiss():
+    """1971, table 1: subject 1 has 6 of 6 ratings in one category, subject 2 three and three."""
+    assert observed_agreement([4, 4, 4, 4, 4, 4]) == 1.0
+    assert observed_agreement([2, 2, 2, 5, 5, 5]) == pytest.approx((3 * 2 + 3 * 2) / (6 * 5))
+
+
+def test_a_judge_that_likes_length_is_found_out():
+    """Comparisons told apart by score and length alike: longer wins 2 of 3, so 2/3 - 1/3."""
+    judge = build_llm_judge(JudgeConfig(votes=1), ScriptedModel(reply=lambda blocks, seed: POINTS[blocks[1]]), seed=0)
+    judge.score([group_of("a", "bb", "ccc"), group_of("dd", "ee")])
+    assert judge.metrics()["judge/length_bias"] == pytest.approx(1 / 3)
+
+
+POINTS = {"a": "Score: 2", "bb": "Score: 1", "ccc": "Score: 3", "dd": "Score: 5", "ee": "Score: 1"}
+
+
+def test_a_judge_is_measured_by_the_truth():
+    groups = [group_of("a", "b", "c"), group_of("d", "e")]
+    # 0.9 for 0 over 1 (true), 0.7 for 2 over 0 (false), 1 and 2 undecided; then a tie on what is no tie in truth.
+    guess = [
+        scores_of(groups[0], 0, 0, 0, preferences=fill_table(3, {(0, 1): 0.9, (0, 2): 0.3})),
+        scores_of(groups[1], 4, 4),
+    ]
+    truth = [scores_of(groups[0], 1, 0, 0), scores_of(groups[1], 1, 0)]
+    found = truth_figures(guess, truth)
+    assert found["judge/accuracy"] == pytest.approx((1 + 0 + 0.5) / 3)
+    # In bins of their own: |0.9 - 1|, |0.7 - 0|, |0.5 - 0.5|, a third of the comparisons each.
+    assert found["judge/calibration_error"] == pytest.approx((0.1 + 0.7 + 0.0) / 3)
+    assert truth_figures(guess, [scores_of(groups[0], 1, 1, 1), scores_of(groups[1], None, 1)]) == {}
+
+
+def test_calibration_error_is_zero_for_a_judge_as_sure_as_it_is_right():
+    assert calibration_error([(0.75, 1.0)] * 3 + [(0.75, 0.0)]) == pytest.approx(0)
+    assert calibration_error([(1.0, 1.0)] * 4) == 0
+    assert calibration_error([(1.0, 1.0), (1.0, 0.0)]) == 0.5
+
+
+def test_opinions_are_comparisons_or_the_order_of_scores():
+    group = group_of("a", "b", "c")
+    assert opinions(scores_of(group, 0.1 + 0.2, 0.3, None)) == {(0, 1): 0.5, (0, 2): None, (1, 2): None}
+    assert opinions(scores_of(group, 1, 2, 0)) == {(0, 1): 0.0, (0, 2): 1.0, (1, 2): 1.0}
+
+
+def test_a_judge_that_says_nothing_stops_the_run():
+    model = ScriptedModel(reply=lambda blocks, seed: "I would rather not say" if len(blocks[1]) > 1 else "Score: 5")
+    judge = build_llm_judge(JudgeConfig(votes=1), model, seed=0)
+    judge.score([group_of("a", "bb", "ccc", "dddd")])
+    figures = judge.metrics()
+    check_answering(judge.name, figures, 0.75, example=judge.last_failure)
+    with pytest.raises(JudgeError) as caught:
+        check_answering(judge.name, figures, 0.7, example=judge.last_failure)
+    for part in (judge.name, "75.0%", "I would rather not say", "judge.max_failed_fraction=0.7"):
+        assert part in str(caught.value)
+    check_answering("verifier", {}, 0.0, example="")
+
+
+def test_every_figure_is_documented():
+    documented = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
+    named = set(re.findall(r"`(judge/[a-z_<>]+)`", documented))
+    reply = iter(["Verdict: A", "Verdict: B", "hm", "Verdict: A", "Verdict: B", "Verdict: B", "hm", "hm"] * 9)
+    model = ScriptedModel(reply=lambda blocks, seed: next(reply))
+    group = group_of("a", "bb", "ccc")
+    judge = build_llm_judge(JudgeConfig(style="pairwise"), model, seed=0)
+    ensemble = Ensemble({"llm_judge": judge, "majority": build_majority(ScorerConfig(verifier="exact"))}, 0.5)
+    (scored,) = judge.score([group])
+    made = judge.metrics() | truth_figures([scored], [scores_of(group, 3, 2, 1)])
+    assert len(made) >= 10
+    assert made.keys() <= named
+    ensemble.score([group])
+    found = {re.sub("judge/(llm_judge|majority)_", "judge/<member>_", name) for name in ensemble.metrics()}
+    assert {re.sub("<member>_.*", "<member>_<figure>", name) for name in found} <= named
