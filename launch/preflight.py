@@ -135,7 +135,14 @@ def _check_run_dir(run_dir: Path, resume: Path | None) -> None:
 
 def _check_scorer(config: Config, task: Task | None) -> None:
     from actors.judges import build_scorer
+    from actors.judges.llm_judge import check_llm_judge
+    from actors.judges.majority import build_majority
 
+    kinds = config.judge.members if config.scorer.kind == "ensemble" else [config.scorer.kind]
+    if "llm_judge" in kinds:
+        check_llm_judge(config.judge, config.model.max_length)
+    if "majority" in kinds:
+        build_majority(config.scorer)
     if config.evaluation.scorer == "judge" and config.scorer.kind != "verifier":
         return
     build_scorer(replace(config.scorer, kind="verifier"))

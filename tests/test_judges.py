@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.judges.comparisons import fill_table, opinions, win_rates
+from actors.judges.comparisons import fill_table, mean_wins, opinions
 from actors.judges.ensemble import Ensemble, build_ensemble
 from actors.judges.implicit import build_implicit
 from actors.judges.llm_judge import build_llm_judge
@@ -50,7 +50,7 @@ def test_win_rates_leave_out_what_was_not_decided():
     table = fill_table(4, {(0, 1): 0.9, (0, 2): None, (1, 2): 0.3})
     assert table[1] == (pytest.approx(0.1), 0.5, 0.3, None)
     assert [table[i][i] for i in range(4)] == [0.5] * 4
-    scores = win_rates(table, "nobody knows")
+    scores = mean_wins(table, "nobody knows")
     assert [s.value for s in scores] == [0.9, pytest.approx((0.1 + 0.3) / 2), 0.7, None]
     assert scores[3].reason == "nobody knows"
 

@@ -132,6 +132,12 @@ def test_the_tiny_model_needs_no_files(place):
             ("scorer.verifier=function", "scorer.function=nowhere.judge"),
             ["scorer.function", "nowhere"],
         ),
+        (
+            ("scorer=llm_judge", "judge.max_tokens=32", "judge.rubric=absent.txt"),
+            ["judge.rubric=absent.txt: cannot be"],
+        ),
+        (("scorer=llm_judge", "judge.max_tokens=9999"), ["judge.max_tokens=9999", "model.max_length"]),
+        (("scorer=majority", "scorer.verifier=function", "scorer.function=math.hypot"), ["no final answer"]),
     ],
 )
 def test_configuration(refusal, override, parts):

@@ -27,7 +27,7 @@ def fill_table(size: int, firsts: Mapping[tuple[int, int], float | None]) -> Tab
     return tuple(map(tuple, rows))
 
 
-def win_rates(table: Table, silence: str) -> tuple[Score, ...]:
+def mean_wins(table: Table, silence: str) -> tuple[Score, ...]:
     """Each completion's mean probability of winning over those it was compared with.
 
     Undecided comparisons are left out; a completion none of whose comparisons was decided has no score.

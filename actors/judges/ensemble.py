@@ -10,7 +10,7 @@ from itertools import combinations
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from actors.judges.comparisons import fill_table, opinions, shares_a_side, win_rates
+from actors.judges.comparisons import fill_table, mean_wins, opinions, shares_a_side
 from actors.judges.reliability import Reliability
 from orchestrator.errors import ConfigError
 from orchestrator.types import ScoredGroup
@@ -71,7 +71,7 @@ class Ensemble:
         size = len(group.completions)
         firsts = {pair: self._decide([table[pair] for table in tables]) for pair in combinations(range(size), 2)}
         table = fill_table(size, firsts)
-        scores = win_rates(table, "the judges agree on none of its comparisons")
+        scores = mean_wins(table, "the judges agree on none of its comparisons")
         return ScoredGroup(group=group, scores=scores, scorer=self.name, preferences=table)
 
     def _decide(self, firsts: Sequence[float | None]) -> float | None:

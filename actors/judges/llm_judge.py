@@ -13,12 +13,13 @@ from itertools import combinations
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from actors.judges.comparisons import fill_table, sign_of, win_rates
+from actors.judges.comparisons import fill_table, mean_wins, sign_of
 from actors.judges.fence import choose_mark, explain, fenced
 from actors.judges.reading import Probabilities, Words
 from actors.judges.reliability import Reliability
 from actors.judges.rubric import load_rubric
 from actors.judges.verdicts import MAX_POINTS, parse_choice, parse_score
+from orchestrator.errors import ConfigError
 from orchestrator.types import FinishReason, SamplingParams, Score, ScoredGroup
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ class PairwiseJudge(LlmJudge):
         scored = []
         for group, firsts in zip(groups, tables, strict=True):
             table = fill_table(len(group.completions), firsts)
-            scores = win_rates(table, "none of its comparisons was decided")
+            scores = mean_wins(table, "none of its comparisons was decided")
             scored.append(ScoredGroup(group=group, scores=scores, scorer=self.name, preferences=table))
         self._reliability.groups(scored)
         return scored
@@ -169,6 +170,20 @@ class PairwiseJudge(LlmJudge):
         return fmean(self._combine(one, other) for one, other in orders) if orders else None
 
 
+def check_llm_judge(config: JudgeConfig, max_length: int) -> Rubric:
+    """What can be refused before any actor starts; the rubric where nothing is.
+
+    Raises:
+        ConfigError: the rubric or the principles cannot be used, or replies leave no room for a question.
+    """
+    if config.verdict == "words" and config.max_tokens >= max_length:
+        raise ConfigError(
+            f"judge.max_tokens={config.max_tokens}: leaves no room for a question in the judge's context of"
+            f" {max_length}: lower it, or raise model.max_length"
+        )
+    return load_rubric(config)
+
+
 def build_llm_judge(config: JudgeConfig, model: TextModel, seed: int) -> PointwiseJudge | PairwiseJudge:
     """The judge of `judge.style` and `judge.verdict`.
 
@@ -180,7 +195,7 @@ def build_llm_judge(config: JudgeConfig, model: TextModel, seed: int) -> Pointwi
     Raises:
         ConfigError: the rubric or the principles are refused, or the model cannot be asked this way.
     """
-    rubric = load_rubric(config)
+    rubric = check_llm_judge(config, model.max_length)
     questions = Questions(rubric, CLOSINGS[config.style, config.verdict], model, seed)
     name = f"llm_judge:{config.style}:{config.verdict}:{rubric.digest}"
     if config.style == "pointwise":

@@ -50,9 +50,6 @@ class Words:
         sampling: how replies are drawn.
         votes: replies to each question.
         seed: of the run.
-
-    Raises:
-        ConfigError: a reply of `sampling.max_tokens` leaves no room for a question.
     """
 
     def __init__(
@@ -64,11 +61,6 @@ class Words:
         votes: int,
         seed: int,
     ) -> None:
-        if sampling.max_tokens >= model.max_length:
-            raise ConfigError(
-                f"judge.max_tokens={sampling.max_tokens}: leaves no room for a question in the judge's context of"
-                f" {model.max_length}: lower the one or raise model.max_length"
-            )
         self._model, self._parse, self._sampling = model, parse, sampling
         self._votes, self._seed = votes, seed
         self.cache = VerdictCache()
