@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from actors.judges.cache import VerdictCache, question_key
 from actors.judges.llm_judge import build_llm_judge
-from actors.judges.verdicts import parse_choice, parse_score
+from actors.judges.verdicts import Verdict, parse_choice, parse_score
 from conf.schema import JudgeConfig
 from orchestrator.errors import ConfigError
 from orchestrator.types import FinishReason
@@ -241,6 +242,33 @@ def test_nothing_is_judged_twice_by_the_same_weights(verdict):
     again = judge.score([group_of("two", "two", "three")])
     assert len(model.requests) + len(model.sequences) == 2 * asked, "other weights judge anew"
     assert again[0].scorer != first[0].scorer
+
+
+def test_a_greedy_judge_is_asked_once():
+    model = ScriptedModel(reply=lambda blocks, seed: "Score: 1")
+    judged(model, [group_of("two")], temperature=0.0, votes=5)
+    assert len(model.requests) == 1
+
+
+def test_memory_is_bounded_and_forgets_what_was_not_used_for_longest():
+    asked = []
+
+    def ask(new):
+        asked.extend(new)
+        return {key: Verdict(value=float(question)) for key, question in new.items()}
+
+    cache = VerdictCache(capacity=2)
+    for keys in ("a", "b", "a", "c", "aa"):  # c pushes b out, not a
+        cache.resolve([(key, "1") for key in keys], ask)
+    assert (asked, len(cache), cache.hits) == (["a", "b", "c"], 2, 3)
+    found = cache.resolve([("b", "7"), ("a", "8"), ("d", "9"), ("b", "7")], ask)
+    assert [verdict.value for verdict in found] == [7, 1, 9, 7], "a wave larger than the memory is answered whole"
+    assert (asked, len(cache)) == (["a", "b", "c", "b", "d"], 2)
+
+
+def test_different_questions_have_different_keys():
+    keys = [question_key(*parts) for parts in (("ab", "c"), ("a", "bc"), ("abc",), ("ab", "c", ""), ("ab", "c", 0))]
+    assert len(set(keys)) == len(keys)
 
 
 def test_votes_are_drawn_with_seeds_of_their_own_that_depend_on_nothing_else():

@@ -227,7 +227,8 @@ def _reader(
     if config.verdict == "probability":
         return Probabilities(model, head, values)
     sampling = SamplingParams(temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_tokens)
-    return Words(model, parse, sampling, votes=config.votes, seed=seed)
+    votes = config.votes if config.temperature else 1  # greedy replies are all the same
+    return Words(model, parse, sampling, votes=votes, seed=seed)
 
 
 def _judged(group: RolloutGroup) -> list[int]:
