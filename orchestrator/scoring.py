@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.prompts import Renderer
@@ -78,7 +79,7 @@ class PooledTextModel:
         self._pool = pool
         self._version = version
         self._tokenizer = tokenizer
-        self._render = Renderer(tokenizer, template)
+        self._render = Renderer(tokenizer, replace(template, system_prompt=None))  # which speaks to the policy
         self._deadline_s = deadline_s
 
     @property

@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 from actors.judges.cache import VerdictCache, question_key
 from actors.judges.llm_judge import build_llm_judge
 from actors.judges.verdicts import Verdict, parse_choice, parse_score
-from conf.schema import JudgeConfig
+from conf.schema import JudgeConfig, TaskConfig
 from orchestrator.errors import ConfigError
+from orchestrator.scoring import PooledTextModel
+from orchestrator.tasks.base import Message
 from orchestrator.types import FinishReason
 from tests.judges import ScriptedModel, blocks, group_of, text_of
+from tests.models import make_tokenizer
 
 
 def judged(model, groups, **config):
@@ -334,6 +337,21 @@ def test_verdict_tokens_that_share_a_beginning_are_told_apart_by_their_ends():
     (scored,), _ = judged(model, [group_of("1", "22")], style="pairwise", verdict="probability")
     assert scored.preferences[0][1] == 0.5
     assert {ending for _, ending in model.sequences} == {(1000,), (1001,)}
+
+
+def test_the_policys_system_prompt_is_not_the_judges(tmp_path):
+    tokenizer = make_tokenizer(tmp_path)
+    model = PooledTextModel(
+        None,
+        tokenizer,
+        version=lambda: "v1",
+        template=TaskConfig(system_prompt="Be brief."),
+        max_length=64,
+        deadline_s=1,
+    )
+    asked = model.encode_chat([Message(role="user", content="A judge reads")])
+    assert tokenizer.decode(asked) == "<s><user>A judge reads\n<assistant>"
+    assert set(model.special_tokens) == {"<pad>", "<s>", "</s>"}
 
 
 def test_styles_and_names():
