@@ -50,6 +50,7 @@ class TinyConfig:
     lr: float = knob(2e-3, "warm-start peak learning rate", above=0)
     target_accuracy: float = knob(0.28, "sampled accuracy on tuning problems at which warm start stops", low=0, high=1)
     max_steps: int = knob(400, "give up after so many warm-start steps", low=1)
+    judge_steps: int = knob(0, "steps that teach it to judge, for recipes in which the policy does; 0: none", low=0)
     seed: int = knob("${seed}", "seed of its weights and demonstrations")
 
 
@@ -145,7 +146,7 @@ class JudgeConfig:
         "policy: served by the generators themselves; own: a pool of its own with the weights of judge.model",
         choices=("policy", "own"),
     )
-    model: str | None = knob(None, "folder or hub id of the judge (engine=own: None is the initial policy)")
+    model: str | None = knob(None, "folder or hub id of the judge; None: the initial policy, or a tiny judge made here")
     style: str = knob("pointwise", "llm_judge: a score each, or comparisons", choices=("pointwise", "pairwise"))
     verdict: str = knob(
         "words",
@@ -173,8 +174,14 @@ class JudgeConfig:
         low=0,
         high=1,
     )
+    win_probability: str = knob(
+        "pairwise",
+        "preference_model: P(one beats another) from the comparison of the two, or aggregated: from the difference of"
+        " their mean scores, as the released code of SPPO has it",
+        choices=("pairwise", "aggregated"),
+    )
     num_actors: int = knob(1, "engines of the judge's own pool", low=1)
-    gpus_per_actor: float = knob(0, "GPUs of one engine of its own pool", low=0)
+    gpus_per_actor: float = knob(0, "GPUs of one engine of its own pool, or of one preference or reward model", low=0)
     deadline_s: float = knob(600, "one wave of judgements must be done after so long", above=0)
 
 

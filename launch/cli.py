@@ -155,6 +155,55 @@ def generate(
     typer.echo(answer(str(folder), prompt, max_tokens=max_tokens, temperature=temperature, seed=seed))
 
 
+@app.command("train-judge")
+def train_judge(
+    pairs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="PAIRS...", help="Files of pairs: RUN/pairs/*.parquet, or JSONL with prompt, chosen and rejected."
+        ),
+    ],
+    model: Annotated[
+        str, typer.Option(metavar="MODEL", help="A causal language model to start from: folder or hub id.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="OUT", help="A folder that does not exist yet.")],
+    kind: Annotated[
+        str,
+        typer.Option(
+            help="preference_model reads two answers side by side; gpm embeds each; reward_model gives each a scalar."
+        ),
+    ] = "preference_model",
+    lr: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 1e-5,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the pairs.")] = 1,
+    batch_prompts: Annotated[int, typer.Option(min=1, help="Prompts of one step, with all their pairs.")] = 32,
+    max_length: Annotated[int, typer.Option(min=8, help="Context, tokens; longer pairs are left out.")] = 2048,
+    held_out: Annotated[float, typer.Option(min=0, max=1, help="Share of prompts to measure on.")] = 0.1,
+    dim: Annotated[int, typer.Option(help="Width of a gpm's embedding, even.")] = 4,
+    temperature: Annotated[float, typer.Option(help="Of a gpm's scores.")] = 0.1,
+    likelihood: Annotated[
+        bool, typer.Option("--likelihood", help="Also read how likely the model finds an answer; for tiny models.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the new weights and the order of the prompts.")] = 0,
+) -> None:
+    """Train a judge from pairs: a preference model or a reward model, for judge.model of a run.
+
+    Prints how often it is right on prompts that it was not trained on, and how well it knows that.
+    """
+    from launch.model_files import find_model, inspect_model
+    from learners.preference.config import HeadConfig
+
+    head = HeadConfig(kind=kind, dim=dim, temperature=temperature, likelihood=likelihood)
+    folder = find_model(model, "--model")
+    inspect_model(folder)  # refuses at once what is no model; the next import takes seconds
+    from launch.train_judge import train_judge as train_now
+    from learners.preference.training import TrainingConfig
+
+    training = TrainingConfig(lr=lr, epochs=epochs, batch_prompts=batch_prompts, seed=seed)
+    typer.echo(
+        train_now(pairs, out, model_dir=folder, head=head, training=training, max_length=max_length, held_out=held_out)
+    )
+
+
 def main() -> None:
     """Entry point. Exit code 2: the user can mend it; 1: the run failed; 130: interrupted."""
     # A console script, unlike `python -m`, does not look for modules (`scorer.function`) in the folder it is called in.

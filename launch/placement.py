@@ -174,7 +174,11 @@ def _start_generator(
 
 
 def _start_scorer(name: str, scorer: ScorerConfig, judge: JudgeConfig) -> Any:
-    actor = ray.remote(ScorerActor).options(num_cpus=scorer.cpus_per_actor, runtime_env=_environment(1))
+    gpus = 0 if scorer.kind == "verifier" else judge.gpus_per_actor
+    threads = max(1, int(scorer.cpus_per_actor))
+    actor = ray.remote(ScorerActor).options(
+        num_cpus=scorer.cpus_per_actor, num_gpus=gpus, runtime_env=_environment(threads)
+    )
     return actor.remote(name, scorer, judge)
 
 

@@ -25,6 +25,7 @@ from conf.compose import compose, flatten, resolved_yaml
 from launch.children import children, end_children
 from launch.console import make_console
 from launch.initial_model import prepare_initial_model
+from launch.judge_models import check_judge_model, prepare_judge_model
 from launch.preflight import preflight
 from orchestrator.errors import AgonError, ConfigError
 from orchestrator.files import atomic_file
@@ -57,6 +58,7 @@ def run(config: Config, resume: Path | None = None) -> int:
         UserError: something was refused; nothing was written.
     """
     config = _with_absolute_paths(config)
+    check_judge_model(config)
     inputs = preflight(config, resume=resume)
     run_dir = inputs.run_dir
     with RunLock(run_dir), Ledger(run_dir) as ledger:
@@ -81,7 +83,8 @@ def _with_absolute_paths(config: Config) -> Config:
 
     model = replace(config.model, path=whole(config.model.path))
     task = replace(config.task, path=whole(config.task.path), test_path=whole(config.task.test_path))
-    return replace(config, model=model, task=task)
+    judge = replace(config.judge, model=whole(config.judge.model))
+    return replace(config, model=model, task=task, judge=judge)
 
 
 def _lasting(config: Config) -> dict[str, Any]:
@@ -162,6 +165,7 @@ class Run:
         )
         with self._stage("warm start"):
             model_dir = prepare_initial_model(config, self._run_dir, self._show_warm_start)
+            config = prepare_judge_model(config, self._run_dir, model_dir, self._show_judge_training)
         with self._stage("start"):
             from launch.wiring import build_context
             from orchestrator.controller import Controller
@@ -190,6 +194,9 @@ class Run:
 
     def _show_warm_start(self, step: int, total: int, loss: float, accuracy: float) -> None:
         self._tracker.progress("warm start", step, total, 0)
+
+    def _show_judge_training(self, step: int, total: int, loss: float) -> None:
+        self._tracker.progress("judge training", step, total, 0)
 
     def _say_goodbye(self, status: RunStatus, error: str | None) -> int:
         """The last lines: what happened, where it is, what to do next."""
