@@ -167,18 +167,28 @@ def _devices(config: Config) -> Iterator[Problem]:
         yield Problem("cluster.num_cpus", message)
 
 
-def own_judge_model(config: Config) -> str | None:
-    """What a judge with engines of its own serves: a folder or hub id, or "initial"; None where it has none."""
-    if config.scorer.kind == "implicit":
-        return config.judge.model or "initial"
-    if config.scorer.kind in ("llm_judge", "step_judge") and config.judge.engine == "own":
-        return config.judge.model or "initial"
-    return None
+def judge_kinds(config: Config) -> tuple[str, ...]:
+    """Kinds of the scorers whose word trains: `scorer.kind`, or the members of an ensemble."""
+    return tuple(config.judge.members) if config.scorer.kind == "ensemble" else (config.scorer.kind,)
+
+
+def pooled_kinds(config: Config) -> tuple[str, ...]:
+    """Kinds of the scorers that get actors: those whose word trains, and the verifier where it evaluates."""
+    kinds = [kind for kind in judge_kinds(config) if kind in POOLED_KINDS]
+    if config.evaluation.scorer == "verifier":
+        kinds.append("verifier")
+    return tuple(dict.fromkeys(kinds))
+
+
+def has_own_judge(config: Config) -> bool:
+    """Whether a judge has engines of its own, with weights that never change."""
+    kinds = judge_kinds(config)
+    return "implicit" in kinds or (config.judge.engine == "own" and not {"llm_judge", "step_judge"}.isdisjoint(kinds))
 
 
 def cpus_needed(config: Config) -> float:
     """Logical CPUs that all actors reserve."""
     generator, scorer = config.generator, config.scorer
-    engines = generator.num_actors + (config.judge.num_actors if own_judge_model(config) else 0)
-    pools = (scorer.kind in POOLED_KINDS) + (config.evaluation.scorer == "verifier" and scorer.kind != "verifier")
-    return config.learner.cpus + engines * generator.cpus_per_actor + pools * scorer.num_actors * scorer.cpus_per_actor
+    engines = generator.num_actors + (config.judge.num_actors if has_own_judge(config) else 0)
+    scorers = len(pooled_kinds(config)) * scorer.num_actors
+    return config.learner.cpus + engines * generator.cpus_per_actor + scorers * scorer.cpus_per_actor

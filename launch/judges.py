@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from actors.judges.ensemble import build_ensemble
+from actors.judges.implicit import build_implicit
+from actors.judges.llm_judge import build_llm_judge
+from actors.judges.majority import build_majority
 from actors.judges.step_judge import StepJudge
-from conf.validate import POOLED_KINDS, own_judge_model
+from conf.validate import POOLED_KINDS
 from launch.model_files import find_model, folder_version, inspect_model
 from launch.tokenizers import load_tokenizer
 from orchestrator.errors import ConfigError
@@ -14,56 +18,78 @@ from orchestrator.scoring import PooledJudge, PooledTextModel
 if TYPE_CHECKING:
     from conf.schema import Config
     from launch.preflight import Inputs
-    from orchestrator.judging import Judge, TextModel
+    from orchestrator.judging import Judge
     from orchestrator.publisher import Publisher
     from orchestrator.rollouts import Roles
 
 
-def build_judge(config: Config, roles: Roles, inputs: Inputs, publisher: Publisher) -> Judge:
-    """The judge whose word trains.
+class Judges:
+    """Builds judges of any kind over the actors of a run.
 
-    Raises:
-        ConfigError: `scorer.kind` is not known.
+    Args:
+        config: the run.
+        roles: its actors.
+        inputs: for the tokenizer.
+        publisher: knows which weights the generators hold.
     """
-    kind, deadline_s = config.scorer.kind, config.scorer.deadline_s
-    if kind in POOLED_KINDS:
-        assert roles.scorers is not None
-        return PooledJudge(kind, roles.scorers, deadline_s=deadline_s)
-    policy = PooledTextModel(
-        roles.generators,
-        inputs.tokenizer,
-        version=lambda: publisher.version,
-        template=config.task,
-        max_length=config.model.max_length,
-        deadline_s=config.judge.deadline_s,
-    )
-    model = policy if own_judge_model(config) is None else _own_model(config, roles, inputs)
-    if kind == "step_judge":
-        return StepJudge(model, config.judge)
-    raise ConfigError(f"scorer.kind={kind!r} is not known")
 
+    def __init__(self, config: Config, roles: Roles, inputs: Inputs, publisher: Publisher) -> None:
+        self._config = config
+        self._roles = roles
+        self._tokenizer = inputs.tokenizer
+        self._publisher = publisher
 
-def build_examiner(config: Config, roles: Roles, judge: Judge) -> Judge:
-    """The judge whose word evaluations report."""
-    if roles.examiners is None:
-        return judge
-    return PooledJudge("verifier", roles.examiners, deadline_s=config.scorer.deadline_s)
+    def judge(self) -> Judge:
+        """The one whose word trains."""
+        return self._build(self._config.scorer.kind)
 
+    def examiner(self, judge: Judge) -> Judge:
+        """The one whose word evaluations report: a verifier, or the `judge` that trains where that was asked for."""
+        return judge if self._config.evaluation.scorer == "judge" else self._build("verifier")
 
-def _own_model(config: Config, roles: Roles, inputs: Inputs) -> TextModel:
-    """The language model of a judge with engines of its own; with its own tokenizer where it is another model."""
-    assert roles.judges is not None
-    tokenizer = inputs.tokenizer
-    version = "initial"
-    if config.judge.model is not None:
-        folder = find_model(config.judge.model, "judge.model")
-        tokenizer = load_tokenizer(folder, inspect_model(folder).vocab_size)
-        version = folder_version(folder).digest
-    return PooledTextModel(
-        roles.judges,
-        tokenizer,
-        version=lambda: version,
-        template=config.task,
-        max_length=config.model.max_length,
-        deadline_s=config.judge.deadline_s,
-    )
+    def _build(self, kind: str) -> Judge:
+        config = self._config
+        if kind in POOLED_KINDS:
+            return PooledJudge(kind, self._roles.scorers[kind], deadline_s=config.scorer.deadline_s)
+        match kind:
+            case "llm_judge":
+                return build_llm_judge(config.judge, self._reader(), config.seed)
+            case "step_judge":
+                return StepJudge(self._reader(), config.judge)
+            case "implicit":
+                return build_implicit(config.judge, self._policy(), self._own_model(), config.loss.beta)
+            case "majority":
+                return build_majority(config.scorer)
+            case "ensemble":
+                return build_ensemble(config.judge, {member: self._build(member) for member in config.judge.members})
+        raise ConfigError(f"scorer.kind={kind!r} is not known")
+
+    def _reader(self) -> PooledTextModel:
+        return self._own_model() if self._config.judge.engine == "own" else self._policy()
+
+    def _policy(self) -> PooledTextModel:
+        return PooledTextModel(
+            self._roles.generators,
+            self._tokenizer,
+            version=lambda: self._publisher.version,
+            template=self._config.task,
+            max_length=self._config.model.max_length,
+            deadline_s=self._config.judge.deadline_s,
+        )
+
+    def _own_model(self) -> PooledTextModel:
+        """The language model of a judge with engines of its own; with its own tokenizer where it is another model."""
+        assert self._roles.judges is not None
+        config, tokenizer, version = self._config, self._tokenizer, "initial"
+        if config.judge.model is not None:
+            folder = find_model(config.judge.model, "judge.model")
+            tokenizer = load_tokenizer(folder, inspect_model(folder).vocab_size)
+            version = folder_version(folder).digest
+        return PooledTextModel(
+            self._roles.judges,
+            tokenizer,
+            version=lambda: version,
+            template=config.task,
+            max_length=config.model.max_length,
+            deadline_s=config.judge.deadline_s,
+        )

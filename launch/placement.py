@@ -14,7 +14,7 @@ import ray
 
 from actors.generator import Generator
 from actors.scorer import ScorerActor
-from conf.validate import POOLED_KINDS, cpus_needed, own_judge_model
+from conf.validate import cpus_needed, has_own_judge, pooled_kinds
 from launch.model_files import find_model, folder_version
 from learners.learner import Learner
 from orchestrator.pools import ActorPool
@@ -102,13 +102,12 @@ def start_roles(config: Config, *, model_dir: str, probe_token_ids: tuple[int, .
     )
     roles = Roles(
         generators=generators,
-        scorers=_scorer_pool("scorer", config.scorer, config) if config.scorer.kind in POOLED_KINDS else None,
-        examiners=_examiner_pool(config),
-        judges=_judge_pool(config, model_dir) if own_judge_model(config) is not None else None,
+        scorers={kind: _scorer_pool(kind, config) for kind in pooled_kinds(config)},
+        judges=_judge_pool(config, model_dir) if has_own_judge(config) else None,
         learner=learner,
         queue=BatchQueue.create(config.pipeline.queue_capacity),
     )
-    for pool in (roles.generators, roles.scorers, roles.examiners, roles.judges):
+    for pool in (roles.generators, *roles.scorers.values(), roles.judges):
         if pool is not None:
             pool.wait_ready()
     deadline_s = config.learner.start_deadline_s
@@ -116,17 +115,12 @@ def start_roles(config: Config, *, model_dir: str, probe_token_ids: tuple[int, .
     return roles
 
 
-def _examiner_pool(config: Config) -> ActorPool[Any, Any] | None:
-    """Verifiers for evaluation; None where those of the judge that trains serve."""
-    if config.scorer.kind == "verifier" or config.evaluation.scorer == "judge":
-        return None
-    return _scorer_pool("examiner", replace(config.scorer, kind="verifier"), config)
-
-
-def _scorer_pool(role: str, scorer: ScorerConfig, config: Config) -> ActorPool[Any, Any]:
+def _scorer_pool(kind: str, config: Config) -> ActorPool[Any, Any]:
+    scorer = replace(config.scorer, kind=kind)
     return ActorPool(
-        role=role,
-        make=lambda index: _start_scorer(f"{role}-{index}", scorer, config.judge),
+        role=kind,
+        section="scorer",
+        make=lambda index: _start_scorer(f"{kind}-{index}", scorer, config.judge),
         num_actors=scorer.num_actors,
         restarts=scorer.restarts,
         start_deadline_s=scorer.start_deadline_s,
@@ -144,9 +138,10 @@ def _judge_pool(config: Config, model_dir: str) -> ActorPool[Any, Any]:
     )
     return ActorPool(
         role="judge",
+        section="generator",
         make=lambda index: _start_generator(own, folder, index, name="judge", fixed_version=version),
         num_actors=config.judge.num_actors,
-        restarts=config.scorer.restarts,
+        restarts=config.generator.restarts,
         start_deadline_s=config.generator.start_deadline_s,
     )
 

@@ -76,6 +76,10 @@ def ensure_tiny_model(
         tokenizer = make_tokenizer(model.max_length)
         with _threads(NUM_THREADS):
             network = warm_start(make_model(model), tokenizer, task, model.tiny, progress)
+            if model.tiny.judge_steps:
+                from launch import judge_start
+
+                judge_start.teach_judging(network, tokenizer, task, model.tiny, aside, progress)
         save(network, tokenizer, aside)
         aside.chmod(0o755)
         aside.rename(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
-from launch.judges import build_examiner, build_judge
+from launch.judges import Judges
 from launch.placement import start_ray, start_roles
 from orchestrator.context import Context
 from orchestrator.publisher import Publisher
@@ -38,14 +38,15 @@ def build_context(config: Config, inputs: Inputs, model_dir: Path, *, ledger: Le
     roles = start_roles(config, model_dir=str(model_dir), probe_token_ids=probe)
     _warn_of_padding(roles, tracker)
     publisher = Publisher(roles, config.cluster.publish_deadline_s)
-    judge = build_judge(config, roles, inputs, publisher)
+    judges = Judges(config, roles, inputs, publisher)
+    judge = judges.judge()
     return Context(
         config=config,
         run_dir=inputs.run_dir,
         roles=roles,
         rollouts=Rollouts(roles, config, tracker),
         judge=judge,
-        examiner=build_examiner(config, roles, judge),
+        examiner=judges.examiner(judge),
         publisher=publisher,
         prompts=inputs.prompts,
         test_prompts=inputs.test_prompts,

@@ -30,6 +30,7 @@ class ActorPool(Generic[Work, Result]):
 
     Args:
         role: what they are, for messages ("generator").
+        section: of the configuration, whose `restarts` and `start_deadline_s` hold for them; None: `role`.
         make: starts actor `index` and returns its handle; the actor has a `ready()` method.
         num_actors: size of the pool.
         restarts: deaths forgiven over the pool's life.
@@ -46,8 +47,10 @@ class ActorPool(Generic[Work, Result]):
         restarts: int,
         start_deadline_s: float,
         on_start: Callable[[Any], Any] | None = None,
+        section: str | None = None,
     ) -> None:
         self.role = role
+        self._section = section or role
         self.on_start = on_start
         self.restarts_left = restarts
         self._make = make
@@ -133,7 +136,7 @@ class ActorPool(Generic[Work, Result]):
         return fetch(ref, what=f"{self.role}-{index}: {what}", deadline_s=deadline_s, knob=knob)
 
     def _await_start(self, index: int) -> None:
-        actor, deadline_s, knob = self.actors[index], self._start_deadline_s, f"{self.role}.start_deadline_s"
+        actor, deadline_s, knob = self.actors[index], self._start_deadline_s, f"{self._section}.start_deadline_s"
         self._fetch(actor.ready.remote(), index, "start", deadline_s, knob)
         if self.on_start is not None:
             self._fetch(self.on_start(actor), index, "bring up to date", deadline_s, knob)
@@ -143,8 +146,8 @@ class ActorPool(Generic[Work, Result]):
         while True:
             if self.restarts_left == 0:
                 raise PoolError(
-                    f"{self.role}-{index} died and the restart budget ({self.role}.restarts) is used up. Last words:"
-                    f" {error}"
+                    f"{self.role}-{index} died and the restart budget ({self._section}.restarts) is used up. Last"
+                    f" words: {error}"
                 ) from error
             self.restarts_left -= 1
             self.actors[index] = self._make(index)

@@ -12,7 +12,7 @@ from orchestrator.seeds import derive_seed
 from orchestrator.types import Completion, GenerationRequest, RolloutGroup, SamplingParams, ScoredGroup
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from conf.schema import Config
     from orchestrator.pools import ActorPool
@@ -26,10 +26,8 @@ class Roles:
     """The actors of a run."""
 
     generators: ActorPool[GenerationRequest, Completion]
-    scorers: ActorPool[RolloutGroup, ScoredGroup] | None
-    """The judge that trains, where it needs no engine; else None."""
-    examiners: ActorPool[RolloutGroup, ScoredGroup] | None
-    """The judge that evaluates; None where the judge that trains does."""
+    scorers: Mapping[str, ActorPool[RolloutGroup, ScoredGroup]]
+    """By kind, of the scorers that need no engine."""
     judges: ActorPool[GenerationRequest, Completion] | None
     """Engines of a judge's own, whose weights never change; None where there is none or the generators serve it."""
     learner: Any

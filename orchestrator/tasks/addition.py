@@ -13,6 +13,7 @@ also be counted through without repetition and entered anywhere.
 from __future__ import annotations
 
 from math import gcd
+from random import Random
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 # Residues of the slot's row modulo 10 that belong to each split.
 SPLITS = {"test": (0,), "tuning": (1,), "demonstrations": (2,), "train": (3, 4, 5, 6, 7, 8, 9)}
 ROUNDS = 4
+SUMS = 0.8  # share of slips that are wrong sums
+SLIPS = (0.0, 0.3, 0.6)
+"""Shares of flawed lines in the solutions that teach judging: far more than a policy makes, so that they teach fast."""
 
 
 def worked_solution(a: int, b: int, digits: int) -> str:
@@ -36,6 +40,40 @@ def worked_solution(a: int, b: int, digits: int) -> str:
         lines.append(f"{left}+{right}+{carry}={total:02d}\n")
         carry = total // 10
     return "".join(lines) + "#" + format_answer(a + b, digits)
+
+
+def flawed_solution(a: int, b: int, digits: int, *, rate: float, random: Random) -> list[tuple[str, bool]]:
+    """A solution with slips, each line with whether it is right given the question and what was written before it.
+
+    Most slips are sums that are a little off, as a policy's are; the others are wrong digits that are added up rightly.
+    What is written is carried on. No line end is part of a line.
+
+    Args:
+        a: first summand.
+        b: second summand.
+        digits: of each.
+        rate: probability of a slip in a column; a quarter of that in the final answer.
+        random: draws them.
+    """
+    lines, carry, written = [], 0, ""
+    for place in range(digits):
+        left, right = a // 10**place % 10, b // 10**place % 10
+        figures, total = [left, right, carry], left + right + carry
+        slipped = random.random() < rate
+        if slipped and random.random() < SUMS:
+            total = random.choice([near for off in (-10, -2, -1, 1, 2, 10) if 0 <= (near := total + off) < 20])
+        elif slipped:
+            where = random.randrange(2)
+            figures[where] = (figures[where] + random.randrange(1, 10)) % 10
+            total = sum(figures)
+        lines.append((f"{figures[0]}+{figures[1]}+{figures[2]}={total:02d}", not slipped))
+        carry, written = total // 10, f"{total % 10}{written}"
+    answer, slipped = f"{carry}{written}", random.random() < rate / 4
+    if slipped:
+        where = random.randrange(len(answer))
+        wrong = (int(answer[where]) + random.randrange(1, 10)) % 10
+        answer = f"{answer[:where]}{wrong}{answer[where + 1 :]}"
+    return [*lines, (f"#{answer}", not slipped)]
 
 
 def format_answer(total: int, digits: int) -> str:
@@ -79,6 +117,17 @@ class AdditionTask:
         """Up to n problems with worked solutions for a warm start; no other split has them."""
         problems = self._first("demonstrations", n, str(seed))
         return [(problem, self._solve(problem)) for problem in problems]
+
+    def judged_solutions(self, n: int, seed: int) -> list[tuple[Problem, list[tuple[str, bool]]]]:
+        """Problems with solutions whose lines are marked right or wrong, a third of them without a slip on purpose.
+
+        They come from the problems of `demonstrations`, and teach judging in a warm start.
+        """
+        random, problems = Random(f"judged/{seed}"), self._first("demonstrations", n, f"judged/{seed}")
+        return [
+            (problem, flawed_solution(*self._summands(problem), self.digits, rate=random.choice(SLIPS), random=random))
+            for problem in problems
+        ]
 
     def locate(self, problem_id: str) -> str:
         """See `Task.locate`."""
@@ -125,5 +174,8 @@ class AdditionTask:
         return [self._problem(split, position, order) for position in range(min(n, self._size(split)))]
 
     def _solve(self, problem: Problem) -> str:
+        return worked_solution(*self._summands(problem), self.digits)
+
+    def _summands(self, problem: Problem) -> tuple[int, int]:
         a, b = problem.id.removeprefix("addition/").split("+")
-        return worked_solution(int(a), int(b), self.digits)
+        return int(a), int(b)
