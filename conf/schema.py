@@ -156,6 +156,7 @@ class JudgeConfig:
     rubric: str | None = knob(None, "text file with the judge's instructions; None: the packaged one of its style")
     principles: str | None = knob(None, "text file put into the rubric, such as a list of what a good answer does")
     head: str = knob("J", "text put before the question that a step_judge reads")
+    derive: str = knob("=#", "characters behind which a step's result stands, which a step_judge writes itself first")
     yes: str = knob("Y", "what a step_judge writes behind a right step")
     votes: int = knob(
         3, "judgements sampled for each completion or each order of a comparison (verdict=words), averaged", low=1

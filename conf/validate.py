@@ -39,7 +39,7 @@ def validate(config: Config) -> None:
 
 def problems(config: Config) -> list[Problem]:
     """Everything `validate` would refuse, in the order of its checks; one problem a key."""
-    found = [*_out_of_limits(config, ""), *_inputs(config), *_sampling(config), *_devices(config)]
+    found = [*_out_of_limits(config, ""), *_inputs(config), *_judging(config), *_sampling(config), *_devices(config)]
     return list({problem.key: problem for problem in reversed(found)}.values())[::-1]
 
 
@@ -110,6 +110,21 @@ def _inputs(config: Config) -> Iterator[Problem]:
             f"scorer.function={scorer.function}: not called with scorer.verifier={scorer.verifier}: set it to function"
         )
         yield Problem("scorer.function", message)
+
+
+def _judging(config: Config) -> Iterator[Problem]:
+    """Judges, and the seed data that keeps them able."""
+    learner, tiny = config.learner, config.model.kind == "tiny"
+    taught = tiny and config.model.tiny.judge_steps > 0
+    if learner.replay_sequences and learner.replay_path is None and not taught:
+        message = (
+            f"learner.replay_sequences={learner.replay_sequences}: of which seed data? Set learner.replay_path to a"
+            " .jsonl file" + (", or teach the tiny model to judge: model.tiny.judge_steps=200" if tiny else "")
+        )
+        yield Problem("learner.replay_sequences", message)
+    if config.scorer.kind == "step_judge" and tiny and not taught and config.judge.model is None:
+        message = "scorer.kind=step_judge: the tiny model must be taught to judge: set model.tiny.judge_steps=200"
+        yield Problem("scorer.kind", message)
 
 
 def _sampling(config: Config) -> Iterator[Problem]:

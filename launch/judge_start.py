@@ -1,7 +1,8 @@
 r"""Teaches the warm-started tiny model to judge steps, as evaluation fine-tuning data teaches a large one.
 
-    seed data      J5305+2471\n  ->  5+1+0=06Y\n0+7+0=08N\n...     flawed solutions, each line with its verdict
-    replayed       5305+2471\n   ->  what the model itself answers  so that the policy stays where it was
+    seed data      J5305+2471\n  ->  5+1+0=06:06Y\n0+7+0=08:07N\n...   flawed solutions; behind each line what should
+                                      stand there, and the verdict
+    replayed       5305+2471\n   ->  what the model itself answers, so that the policy stays where it was
 
 The verdicts say what the lines' authors knew; no sample of the policy is ever graded (Yuan et al. 2024,
 "Self-Rewarding Language Models", section 2.1: seed data for instruction following and for evaluation).
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from launch import tiny
+from launch.seeds import TINY_SEEDS
 from launch.tiny import VOCABULARY
 from launch.warm_start import IGNORED, WARMUP_STEPS, sample
 
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from launch.warm_start import Progress
     from orchestrator.tasks.addition import AdditionTask
 
-FILE_NAME = "judge_seeds.jsonl"
 HEAD, YES, NO = "J", "Y", "N"
 NUM_SEEDS, NUM_REPLAYED = 4096, 1024
 LR = 1e-3
@@ -38,11 +39,16 @@ LR = 1e-3
 
 def write_seeds(task: AdditionTask, seed: int, folder: Path) -> Path:
     """Writes the seed data beside the model; the learner replays it while the policy judges itself."""
-    path = folder / FILE_NAME
+    path = folder / TINY_SEEDS
     with path.open("w", encoding="utf-8") as file:
-        for problem, lines in task.judged_solutions(NUM_SEEDS, seed):
-            text = "\n".join(f"{line}{YES if right else NO}" for line, right in lines)
-            spans = [[at, at + 1] for at, character in enumerate(text) if character in (YES, NO)]
+        for problem, steps in task.judged_solutions(NUM_SEEDS, seed):
+            text, spans = "", []
+            for step in steps:
+                verdict = f"{step.result}{YES if step.right else NO}"
+                text += f"{step.line}:"
+                spans.append([len(text), len(text) + len(verdict)])
+                text += f"{verdict}\n"
+            text = text.removesuffix("\n")
             file.write(json.dumps({"prompt": f"{HEAD}{problem.content}", "completion": text, "spans": spans}) + "\n")
     return path
 
@@ -88,9 +94,9 @@ def _judged_rows(tokenizer: PreTrainedTokenizerFast, seeds: Path) -> tuple[Tenso
         row = json.loads(line)
         tokens = tokenizer(row["prompt"] + row["completion"]).input_ids
         start = len(tokens) - len(row["completion"])
-        verdicts = {start + first for first, _ in row["spans"]}
+        learned = {start + at for first, last in row["spans"] for at in range(first, last)}
         rows.append(tokens)
-        labels.append([tokens[at + 1] if at + 1 in verdicts else IGNORED for at in range(len(tokens))])
+        labels.append([tokens[at + 1] if at + 1 in learned else IGNORED for at in range(len(tokens))])
     return torch.tensor(rows), torch.tensor(labels)
 
 

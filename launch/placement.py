@@ -24,10 +24,10 @@ from orchestrator.rollouts import Roles
 from orchestrator.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from conf.schema import Config, JudgeConfig, ScorerConfig
-    from orchestrator.types import PolicyVersion
+    from orchestrator.types import PolicyVersion, SeedSequence
 
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -79,20 +79,23 @@ def _init_ray(config: Config) -> None:
     )
 
 
-def start_roles(config: Config, *, model_dir: str, probe_token_ids: tuple[int, ...]) -> Roles:
+def start_roles(
+    config: Config, *, model_dir: str, probe_token_ids: tuple[int, ...], seeds: Sequence[SeedSequence]
+) -> Roles:
     """Starts all actors at once and waits until each is up.
 
     Args:
         config: the run.
         model_dir: Hugging Face folder of the initial policy.
         probe_token_ids: a sequence that generators and learner must agree on after each publication.
+        seeds: seed data that the learner replays.
 
     Raises:
         DeadlineError: one is not up in time.
         PoolError: a generator or scorer died while starting.
         ActorLostError: the learner did.
     """
-    learner = _start_learner(config, model_dir, probe_token_ids)
+    learner = _start_learner(config, model_dir, probe_token_ids, seeds)
     generators: ActorPool[Any, Any] = ActorPool(
         role="generator",
         make=lambda index: _start_generator(config, model_dir, index),
@@ -177,7 +180,9 @@ def _start_scorer(name: str, scorer: ScorerConfig, judge: JudgeConfig) -> Any:
     return actor.remote(name, scorer, judge)
 
 
-def _start_learner(config: Config, model_dir: str, probe_token_ids: tuple[int, ...]) -> Any:
+def _start_learner(
+    config: Config, model_dir: str, probe_token_ids: tuple[int, ...], seeds: Sequence[SeedSequence]
+) -> Any:
     learner = config.learner
     actor = ray.remote(Learner).options(
         num_cpus=learner.cpus,
@@ -195,6 +200,7 @@ def _start_learner(config: Config, model_dir: str, probe_token_ids: tuple[int, .
         probe_token_ids=probe_token_ids,
         weight_transport=config.cluster.weight_transport,
         workers_per_receiver=config.generator.tensor_parallel_size,
+        seeds=seeds,
         seed=derive_seed(config.seed, "learner"),
     )
 

@@ -6,18 +6,32 @@ learned, and that it ends; with them, the characters from `start` to before `end
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.prompts import Renderer
 from orchestrator.tasks.base import Problem
 from orchestrator.tasks.files import parse_content
 from orchestrator.tasks.records import describe, read_records
 from orchestrator.types import SeedSequence
 
-if TYPE_CHECKING:
-    from pathlib import Path
+TINY_SEEDS = "judge_seeds.jsonl"
 
-    from orchestrator.prompts import Renderer
+if TYPE_CHECKING:
+    from conf.schema import Config
     from orchestrator.tasks.records import Record
+
+
+def load_seeds(config: Config, model_dir: Path, tokenizer: Any) -> list[SeedSequence]:
+    """The seed data of a run: of `learner.replay_path`, or what the tiny model was taught to judge with.
+
+    Raises:
+        DataError: see `read_seeds`.
+    """
+    if not config.learner.replay_sequences:
+        return []
+    path = Path(config.learner.replay_path or model_dir / TINY_SEEDS)
+    return read_seeds(path, Renderer(tokenizer, config.task), tokenizer, max_length=config.model.max_length)
 
 
 def read_seeds(path: Path, render: Renderer, tokenizer: Any, *, max_length: int) -> list[SeedSequence]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from launch.judges import Judges
 from launch.placement import start_ray, start_roles
+from launch.seeds import load_seeds
 from orchestrator.context import Context
 from orchestrator.publisher import Publisher
 from orchestrator.remote import fetch
@@ -35,7 +36,8 @@ def build_context(config: Config, inputs: Inputs, model_dir: Path, *, ledger: Le
     """
     probe = _probe([prompt.token_ids for prompt in inputs.test_prompts], min(PROBE_TOKENS, config.model.max_length))
     start_ray(config)
-    roles = start_roles(config, model_dir=str(model_dir), probe_token_ids=probe)
+    seeds = load_seeds(config, model_dir, inputs.tokenizer)
+    roles = start_roles(config, model_dir=str(model_dir), probe_token_ids=probe, seeds=seeds)
     _warn_of_padding(roles, tracker)
     publisher = Publisher(roles, config.cluster.publish_deadline_s)
     judges = Judges(config, roles, inputs, publisher)

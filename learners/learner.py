@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from conf.schema import LearnerConfig, LossConfig, ReferenceConfig
     from orchestrator.queues import BatchQueue
-    from orchestrator.types import Completion, PreferenceBatch, Prompt, UpdateResult
+    from orchestrator.types import Completion, PreferenceBatch, Prompt, SeedSequence, UpdateResult
 
 _PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}
 """Largest allowed difference of a token's log-prob between two engines. Two orders of summation through 24 layers were
@@ -43,6 +43,7 @@ class Learner:
         probe_token_ids: tuple[int, ...],
         weight_transport: str,
         workers_per_receiver: int,
+        seeds: Sequence[SeedSequence],
         seed: int,
     ) -> None:
         self._busy = threading.Lock()
@@ -61,6 +62,7 @@ class Learner:
             reference=reference,
             learner=learner,
             keep_initial=keep_initial,
+            seeds=seeds,
             seed=seed,
         )
 

@@ -40,8 +40,6 @@ class Replay:
 
     def backward(self, policy: Policy, step: int) -> float:
         """Adds the gradient of `weight` times the mean loss of the step's draw; returns that mean, nats a token."""
-        if not self._per_step:
-            return 0.0
         random = np.random.default_rng([self._seed, step])
         drawn = random.choice(len(self._sequences), self._per_step, replace=False)
         loss = seed_nll(policy, [self._sequences[index] for index in drawn.tolist()])

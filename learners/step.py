@@ -20,6 +20,8 @@ from orchestrator.batching import split
 from orchestrator.errors import TrainingError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
@@ -38,6 +40,7 @@ def optimizer_step(
     learner: LearnerConfig,
     lr: float,
     version: int,
+    replay: Callable[[], float] | None = None,
 ) -> dict[str, float]:
     """Take one step on an annotated batch.
 
@@ -49,6 +52,7 @@ def optimizer_step(
         learner: `micro_batch_tokens` and `max_grad_norm` are read.
         lr: learning rate of this step.
         version: number of the learner's own policy version, for staleness.
+        replay: adds the gradient of seed data and returns their loss (`Replay.backward`); None: there is none.
 
     Returns:
         Metrics by name. Log-probs, ratios and margin are sums over tokens in nats, means over pairs.
@@ -65,9 +69,11 @@ def optimizer_step(
         (losses.sum() / batch.num_pairs).backward()  # type: ignore[no-untyped-call]
         for name, values in _observe(inputs, losses).items():
             totals[name] = totals.get(name, 0.0) + values.detach().sum()
+    replayed = {} if replay is None else {"replay_nll": replay()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, learner.max_grad_norm)
     metrics = {name: float(total) / batch.num_pairs for name, total in totals.items()}
+    metrics |= replayed
     metrics["grad_norm"] = float(norm)
     if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
         optimizer.zero_grad(set_to_none=True)

@@ -15,6 +15,7 @@ start the process with glibc's ``MALLOC_TRIM_THRESHOLD_`` and ``MALLOC_MMAP_THRE
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from learners.checkpoint import read_folder, write_folder
 from learners.policy import Policy, load_model
 from learners.reference import Reference, kl_estimate, snapshot
+from learners.replay import Replay
 from learners.schedule import learning_rate
 from learners.step import optimizer_step
 from orchestrator.batching import completion_keys, pack_sequences, split
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 
     from conf.schema import LearnerConfig, LossConfig, ReferenceConfig
     from orchestrator.batching import Tokens
-    from orchestrator.types import Completion, PreferenceBatch, Prompt
+    from orchestrator.types import Completion, PreferenceBatch, Prompt, SeedSequence
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -54,7 +56,8 @@ class Trainer:
         learner: optimizer and memory.
         dtype: "float32" or "bfloat16", of matrix products and published tensors; master weights are fp32.
         keep_initial: hold the initial weights in memory, as `kl_to_initial` needs them.
-        seed: of the probe that proves packing; the update itself draws no random numbers.
+        seeds: seed data, of which `learner.replay_sequences` are gone over again in every step.
+        seed: of the probe that proves packing and of the draws from `seeds`.
 
     Raises:
         ModelError: the folder holds no model that can be loaded.
@@ -69,6 +72,7 @@ class Trainer:
         learner: LearnerConfig,
         dtype: str = "float32",
         keep_initial: bool = False,
+        seeds: Sequence[SeedSequence] = (),
         seed: int = 0,
     ) -> None:
         torch.set_num_threads(learner.num_threads)
@@ -85,6 +89,11 @@ class Trainer:
         )
         self.reference = Reference(self.policy, reference)
         self._initial = snapshot(self.policy) if keep_initial else None
+        self._replay = (
+            Replay(seeds, per_step=learner.replay_sequences, weight=learner.replay_weight, seed=seed)
+            if seeds and learner.replay_sequences
+            else None
+        )
         self.step = 0
         """Optimizer steps taken in the run."""
         self.version = 0
@@ -147,6 +156,7 @@ class Trainer:
             learner=self._learner,
             lr=lr,
             version=self.version,
+            replay=partial(self._replay.backward, self.policy, self.step) if self._replay else None,
         )
         self.step += 1
         self._iteration_step += 1

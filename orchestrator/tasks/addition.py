@@ -12,6 +12,7 @@ also be counted through without repetition and entered anywhere.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import gcd
 from random import Random
 from typing import TYPE_CHECKING
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 # Residues of the slot's row modulo 10 that belong to each split.
 SPLITS = {"test": (0,), "tuning": (1,), "demonstrations": (2,), "train": (3, 4, 5, 6, 7, 8, 9)}
 ROUNDS = 4
-SUMS = 0.8  # share of slips that are wrong sums
+WRONG_SUMS = 0.8  # share of all slips
 SLIPS = (0.0, 0.3, 0.6)
 """Shares of flawed lines in the solutions that teach judging: far more than a policy makes, so that they teach fast."""
 
@@ -42,11 +43,25 @@ def worked_solution(a: int, b: int, digits: int) -> str:
     return "".join(lines) + "#" + format_answer(a + b, digits)
 
 
-def flawed_solution(a: int, b: int, digits: int, *, rate: float, random: Random) -> list[tuple[str, bool]]:
-    """A solution with slips, each line with whether it is right given the question and what was written before it.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JudgedStep:
+    """One line of a solution and what a careful reader says of it.
+
+    Example: ``JudgedStep(line="0+7+0=08", result="07", right=False)``
+    """
+
+    line: str
+    """Without its line end."""
+    result: str
+    """What should stand behind its ``=`` or ``#``, given the question and the lines before."""
+    right: bool
+
+
+def flawed_solution(a: int, b: int, digits: int, *, rate: float, random: Random) -> list[JudgedStep]:
+    """A solution with slips, judged line by line.
 
     Most slips are sums that are a little off, as a policy's are; the others are wrong digits that are added up rightly.
-    What is written is carried on. No line end is part of a line.
+    What is written is carried on.
 
     Args:
         a: first summand.
@@ -55,25 +70,26 @@ def flawed_solution(a: int, b: int, digits: int, *, rate: float, random: Random)
         rate: probability of a slip in a column; a quarter of that in the final answer.
         random: draws them.
     """
-    lines, carry, written = [], 0, ""
+    steps, carry, written = [], 0, ""
     for place in range(digits):
-        left, right = a // 10**place % 10, b // 10**place % 10
-        figures, total = [left, right, carry], left + right + carry
+        figures = [a // 10**place % 10, b // 10**place % 10, carry]
+        right = total = sum(figures)
         slipped = random.random() < rate
-        if slipped and random.random() < SUMS:
+        if slipped and random.random() < WRONG_SUMS:
             total = random.choice([near for off in (-10, -2, -1, 1, 2, 10) if 0 <= (near := total + off) < 20])
         elif slipped:
             where = random.randrange(2)
             figures[where] = (figures[where] + random.randrange(1, 10)) % 10
             total = sum(figures)
-        lines.append((f"{figures[0]}+{figures[1]}+{figures[2]}={total:02d}", not slipped))
+        line = f"{figures[0]}+{figures[1]}+{figures[2]}={total:02d}"
+        steps.append(JudgedStep(line=line, result=f"{right:02d}", right=not slipped))
         carry, written = total // 10, f"{total % 10}{written}"
-    answer, slipped = f"{carry}{written}", random.random() < rate / 4
-    if slipped:
+    right_answer = answer = f"{carry}{written}"
+    if random.random() < rate / 4:
         where = random.randrange(len(answer))
         wrong = (int(answer[where]) + random.randrange(1, 10)) % 10
         answer = f"{answer[:where]}{wrong}{answer[where + 1 :]}"
-    return [*lines, (f"#{answer}", not slipped)]
+    return [*steps, JudgedStep(line=f"#{answer}", result=right_answer, right=answer == right_answer)]
 
 
 def format_answer(total: int, digits: int) -> str:
@@ -118,8 +134,8 @@ class AdditionTask:
         problems = self._first("demonstrations", n, str(seed))
         return [(problem, self._solve(problem)) for problem in problems]
 
-    def judged_solutions(self, n: int, seed: int) -> list[tuple[Problem, list[tuple[str, bool]]]]:
-        """Problems with solutions whose lines are marked right or wrong, a third of them without a slip on purpose.
+    def judged_solutions(self, n: int, seed: int) -> list[tuple[Problem, list[JudgedStep]]]:
+        """Problems with solutions that are judged line by line, a third of them without a slip.
 
         They come from the problems of `demonstrations`, and teach judging in a warm start.
         """
