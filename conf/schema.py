@@ -216,7 +216,7 @@ class FilterConfig:
 class LossConfig:
     """The preference objective."""
 
-    name: str = knob("dpo", "preference term", choices=("dpo",))
+    name: str = knob("dpo", "preference term", choices=("dpo", "sppo"))
     beta: float = knob(0.1, "strength of the pull towards the reference", above=0)
     label_smoothing: float = knob(0.0, "probability that a label is wrong (cDPO)", low=0, high=0.5)
     sft_weight: float = knob(0.0, "weight of the token-mean negative log-likelihood of chosen (RPO)", low=0)

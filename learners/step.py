@@ -109,6 +109,8 @@ def loss_input(logprobs: Tensor, batch: PreferenceBatch) -> LossInput:
         reference_rejected=reference_sums.index_select(0, rejected),
         length_chosen=lengths.index_select(0, chosen).float(),
         length_rejected=lengths.index_select(0, rejected).float(),
+        score_chosen=torch.tensor(batch.chosen_scores, device=logprobs.device),
+        score_rejected=torch.tensor(batch.rejected_scores, device=logprobs.device),
         score_margin=torch.tensor(batch.chosen_scores - batch.rejected_scores, device=logprobs.device),
     )
 

@@ -23,7 +23,9 @@ def golden_input(**changes):
         "reference_rejected": -22.5,
         "length_chosen": 10.0,
         "length_rejected": 12.0,
-        "score_margin": 1.0,
+        "score_chosen": 0.8,
+        "score_rejected": 0.3,
+        "score_margin": 0.5,
     }
     return LossInput(**{name: torch.tensor([value], dtype=torch.float64) for name, value in (values | changes).items()})
 
@@ -37,6 +39,8 @@ def golden_input(**changes):
         (LossConfig(beta=0.1, label_smoothing=0.25), 0.617663),
         # RPO: the same preference term plus eta times the token mean 20 / 10.
         (LossConfig(beta=0.1, sft_weight=0.005), 0.525163 + 0.005 * 2.0),
+        # h_w misses its target of 3 by 2, and h_l its target of -2 by 0.7.
+        (LossConfig(name="sppo", beta=0.1), 2.245),
     ],
 )
 def test_golden_values(config, expected):
@@ -75,6 +79,8 @@ def test_gradients_equal_finite_differences(name):
                 reference_rejected=columns[3],
                 length_chosen=lengths,
                 length_rejected=lengths.flip(0),
+                score_chosen=columns[4].sigmoid(),
+                score_rejected=columns[4].neg().sigmoid(),
                 score_margin=columns[4].abs(),
             ),
             config,

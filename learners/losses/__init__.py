@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from learners.losses.base import LossInput, PairLoss
 from learners.losses.dpo import dpo
 from learners.losses.sft import chosen_nll
+from learners.losses.sppo import sppo
 from orchestrator.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LOSSES", "LossInput", "PairLoss", "pair_losses"]
 
-LOSSES: dict[str, PairLoss] = {"dpo": dpo}
+LOSSES: dict[str, PairLoss] = {"dpo": dpo, "sppo": sppo}
 """Preference terms by `LossConfig.name`."""
 
 

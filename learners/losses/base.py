@@ -39,6 +39,10 @@ class LossInput:
     """[P] tokens, the terminating EOS included, as float."""
     length_rejected: Tensor
     """[P] tokens, as float."""
+    score_chosen: Tensor
+    """[P] score of chosen, in the scorer's units; a win probability for losses that regress to one."""
+    score_rejected: Tensor
+    """[P] score of rejected."""
     score_margin: Tensor
     """[P] score of chosen minus score of rejected, in the scorer's units."""
 
