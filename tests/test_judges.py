@@ -14,7 +14,7 @@ from actors.judges.ensemble import Ensemble, build_ensemble
 from actors.judges.implicit import build_implicit
 from actors.judges.llm_judge import build_llm_judge
 from actors.judges.majority import build_majority
-from actors.judges.reliability import calibration_error, check_answering, observed_agreement, truth_figures
+from actors.judges.reliability import calibration_error, observed_agreement, truth_figures
 from conf.schema import JudgeConfig, ScorerConfig
 from orchestrator.errors import ConfigError, JudgeError
 from orchestrator.types import FinishReason, Score, ScoredGroup
@@ -214,16 +214,17 @@ def test_opinions_are_comparisons_or_the_order_of_scores():
 
 
 def test_a_judge_that_says_nothing_stops_the_run():
-    model = ScriptedModel(reply=lambda blocks, seed: "I would rather not say" if len(blocks[1]) > 1 else "Score: 5")
-    judge = build_llm_judge(JudgeConfig(votes=1), model, seed=0)
-    judge.score([group_of("a", "bb", "ccc", "dddd")])
-    figures = judge.metrics()
-    check_answering(judge.name, figures, 0.75, example=judge.last_failure)
+    def score(limit):
+        model = ScriptedModel(reply=lambda blocks, seed: "I would rather not" if len(blocks[1]) > 1 else "Score: 5")
+        judge = build_llm_judge(JudgeConfig(votes=1, max_failed_fraction=limit), model, seed=0)
+        judge.score([group_of("a", "bb", "ccc", "dddd")])
+        return judge
+
+    assert score(0.75).metrics()["judge/parse_failure_fraction"] == 0.75
     with pytest.raises(JudgeError) as caught:
-        check_answering(judge.name, figures, 0.7, example=judge.last_failure)
-    for part in (judge.name, "75.0%", "I would rather not say", "judge.max_failed_fraction=0.7"):
+        score(0.7)
+    for part in ("llm_judge:", "3 of 4", "I would rather not", "judge.max_failed_fraction=0.7"):
         assert part in str(caught.value)
-    check_answering("verifier", {}, 0.0, example="")
 
 
 def test_every_figure_is_documented():

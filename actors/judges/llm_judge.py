@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from actors.judges.comparisons import fill_table, mean_wins, sign_of
 from actors.judges.fence import choose_mark, explain, fenced
 from actors.judges.reading import Probabilities, Words
-from actors.judges.reliability import Reliability
+from actors.judges.reliability import Reliability, check_answering
 from actors.judges.rubric import load_rubric
 from actors.judges.verdicts import MAX_POINTS, parse_choice, parse_score
 from orchestrator.errors import ConfigError
@@ -68,21 +68,20 @@ class LlmJudge:
         model: the judge.
         questions: writes what it is asked.
         reader: asks it.
+        max_failed_fraction: of the votes of a wave that may be unreadable; more stop the run.
     """
 
-    def __init__(self, name: str, model: TextModel, questions: Questions, reader: Reader) -> None:
+    def __init__(
+        self, name: str, model: TextModel, questions: Questions, reader: Reader, *, max_failed_fraction: float
+    ) -> None:
         self._name, self._model, self._questions, self._reader = name, model, questions, reader
+        self._max_failed_fraction = max_failed_fraction
         self._reliability = Reliability()
 
     @property
     def name(self) -> str:
         """See `Judge.name`."""
         return f"{self._name}:{self._model.version}@1"
-
-    @property
-    def last_failure(self) -> str:
-        """What the judge said when it last gave no verdict; empty where it always gave one."""
-        return self._reliability.last_failure
 
     def metrics(self) -> dict[str, float]:
         """See `Judge.metrics`; the figures are those of `actors.judges.reliability`."""
@@ -92,6 +91,7 @@ class LlmJudge:
     def _read(self, questions: Sequence[str]) -> list[tuple[Verdict, ...]]:
         readings = self._reader.read(questions)
         self._reliability.votes(readings)
+        check_answering(self.name, readings, self._max_failed_fraction)
         return readings
 
 
@@ -131,9 +131,11 @@ class PairwiseJudge(LlmJudge):
         model: TextModel,
         questions: Questions,
         reader: Reader,
+        *,
         combine: Callable[[float, float], float],
+        max_failed_fraction: float,
     ) -> None:
-        super().__init__(name, model, questions, reader)
+        super().__init__(name, model, questions, reader, max_failed_fraction=max_failed_fraction)
         self._combine = combine
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
@@ -200,9 +202,17 @@ def build_llm_judge(config: JudgeConfig, model: TextModel, seed: int) -> Pointwi
     name = f"llm_judge:{config.style}:{config.verdict}:{rubric.digest}"
     if config.style == "pointwise":
         points = {str(n): float(n) for n in range(MAX_POINTS + 1)}
-        return PointwiseJudge(name, model, questions, _reader(config, model, seed, parse_score, "Score: ", points))
+        reader = _reader(config, model, seed, parse_score, "Score: ", points)
+        return PointwiseJudge(name, model, questions, reader, max_failed_fraction=config.max_failed_fraction)
     reader = _reader(config, model, seed, parse_choice, "Verdict: ", {"A": 1.0, "B": 0.0})
-    return PairwiseJudge(name, model, questions, reader, both_agree if config.verdict == "words" else both_averaged)
+    return PairwiseJudge(
+        name,
+        model,
+        questions,
+        reader,
+        combine=both_agree if config.verdict == "words" else both_averaged,
+        max_failed_fraction=config.max_failed_fraction,
+    )
 
 
 def both_agree(shown: float, swapped: float) -> float:

@@ -13,7 +13,7 @@ from actors.judges.comparisons import opinions, sign_of
 from orchestrator.errors import JudgeError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from actors.judges.verdicts import Verdict
     from orchestrator.types import ScoredGroup
@@ -26,8 +26,6 @@ class Reliability:
     """Collects a judge's verdicts and scored groups between two reports."""
 
     def __init__(self) -> None:
-        self.last_failure = ""
-        """What the judge said when it last gave no verdict; kept over reports."""
         self._start()
 
     def _start(self) -> None:
@@ -41,7 +39,6 @@ class Reliability:
         for votes in readings:
             values = [vote.value for vote in votes if vote.value is not None]
             self._readable += [vote.value is not None for vote in votes]
-            self.last_failure = next((vote.failure for vote in votes if vote.value is None), self.last_failure)
             if len(values) > 1:
                 self._agreements.append(observed_agreement(values))
 
@@ -142,22 +139,22 @@ def calibration_error(sure: Sequence[tuple[float, float]]) -> float:
     return sum(gaps) / len(sure)
 
 
-def check_answering(judge: str, figures: Mapping[str, float], limit: float, *, example: str) -> None:
+def check_answering(judge: str, readings: Sequence[Sequence[Verdict]], limit: float) -> None:
     """Stops a run whose judge says next to nothing that can be used.
 
     Args:
         judge: its name.
-        figures: of its `metrics`; `judge/parse_failure_fraction` is read.
+        readings: the votes on each question of a wave.
         limit: `judge.max_failed_fraction`.
-        example: what it said instead of a verdict (`LlmJudge.last_failure`).
 
     Raises:
-        JudgeError: a larger share of its judgements than `limit` gave no verdict.
+        JudgeError: a larger share of the votes than `limit` gave no verdict.
     """
-    failed = figures.get("judge/parse_failure_fraction", 0.0)
-    if failed > limit:
+    votes = [vote for reading in readings for vote in reading]
+    failures = [vote.failure for vote in votes if vote.value is None]
+    if len(failures) > limit * len(votes):
         raise JudgeError(
-            f"{judge} gave no verdict in {failed:.1%} of its judgements (judge.max_failed_fraction={limit:g}). Latest:"
-            f" {example}. Mend the rubric, take an abler judge.model, raise judge.max_tokens, or read"
-            " judge.verdict=probability, which needs no words"
+            f"{judge} gave no verdict in {len(failures)} of {len(votes)} judgements (judge.max_failed_fraction="
+            f"{limit:g}). Latest: {failures[-1]}. Mend the rubric, take an abler judge.model, raise judge.max_tokens, or"
+            " read judge.verdict=probability, which needs no words"
         )
