@@ -44,7 +44,7 @@ LOWEST_ACCURACY = 0.85
 class TinyJudgeConfig:
     """How the tiny judge is made."""
 
-    problems: int = 768
+    problems: int = 1024
     samples: int = 8
     held_out: float = 0.1
     lr: float = 3e-4

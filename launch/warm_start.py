@@ -240,6 +240,8 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 def _fingerprint(model: ModelConfig, task: AdditionTask) -> str:
     """Changes with the settings and with the code that the model is made by."""
     made_by = [Path(module.__file__ or "") for module in (addition, tiny)] + [Path(__file__)]
+    if model.tiny.judge_steps:
+        made_by.append(Path(__file__).with_name("judge_start.py"))
     settings = asdict(model.tiny) | {"max_length": model.max_length, "digits": task.digits}
     digest = xxhash.xxh3_64(json.dumps(settings, sort_keys=True).encode())
     for source in made_by:

@@ -17,6 +17,7 @@ COMPANIONS = {
     "model=hf": ["model.path=/models/some"],
     "task=prompts": ["task.path=prompts.jsonl"],
     "task=gsm8k": ["task.path=train.jsonl"],
+    "scorer=step_judge": ["model.tiny.judge_steps=200"],
 }
 
 

@@ -102,7 +102,7 @@ def test_points_by_probability_are_the_expected_value():
 
 def test_a_judge_that_would_say_something_else_abstains():
     model = ScriptedModel(favour=lambda blocks, digit: math.log(1e-3))
-    (scored,), judge = judged(model, [group_of("two")], verdict="probability")
+    (scored,), judge = judged(model, [group_of("two")], verdict="probability", max_failed_fraction=1.0)
     assert values(scored) == [None]
     assert judge.metrics()["judge/parse_failure_fraction"] == 1
 
@@ -110,7 +110,7 @@ def test_a_judge_that_would_say_something_else_abstains():
 def test_a_reply_that_was_cut_off_is_no_verdict():
     model = ScriptedModel(reply=lambda blocks, seed: "It says:\nScore: 5")
     model.finish = FinishReason.LENGTH
-    (scored,), _ = judged(model, [group_of("two")])
+    (scored,), _ = judged(model, [group_of("two")], max_failed_fraction=1.0)
     assert values(scored) == [None]
     assert "did not end by itself" in scored.scores[0].reason
 

@@ -17,8 +17,11 @@ from actors.judges.preference_model import PreferenceScorer
 from actors.judges.reward_model import RewardScorer
 from actors.judges.win_rates import aggregated, mean_scores, win_matrix, win_rates
 from conf.compose import compose
+from launch import judge_models, warm_start
 from launch.cli import app
-from launch.judge_models import check_judge_model
+from launch.judge_models import check_judge_model, prepare_judge_model
+from launch.tiny import make_model as make_tiny
+from launch.tiny import make_tokenizer
 from learners.preference.config import KINDS, HeadConfig, model_kind
 from learners.preference.data import Answer, LabelledPair, hold_out, make_groups, read_labelled_pairs
 from learners.preference.folder import load_model, new_model, save_model
@@ -27,6 +30,7 @@ from learners.preference.records import Comparison, Group
 from learners.preference.training import TrainingConfig, measure, train
 from orchestrator.errors import AgonError, ConfigError, DataError, ModelError
 from orchestrator.store import Store
+from orchestrator.tasks.addition import AdditionTask
 from orchestrator.types import Completion, FinishReason, PolicyVersion, Prompt, RolloutGroup
 from tests.learning import make_pairs
 from tests.models import make_model
@@ -456,3 +460,76 @@ def test_a_run_without_the_judge_it_asks_for_is_refused(base, tmp_path):
     with pytest.raises(ConfigError, match="a gpm has no reward"):
         check_judge_model(compose(["scorer=reward_model", f"judge.model={tmp_path / 'judge'}", *files]))
     check_judge_model(compose(["scorer=preference_model", f"judge.model={tmp_path / 'judge'}", *files]))
+
+
+# The tiny judge ----------------------------------------
+
+
+@pytest.fixture
+def tiny_run(tmp_path, monkeypatch):
+    """A run on a tiny policy, and pairs that any judge can learn to tell: one digit against another."""
+    config = compose(
+        ["scorer=preference_model", "model.tiny.hidden_size=32", "model.tiny.num_layers=1", "model.tiny.num_heads=2"]
+    )
+    policy = tmp_path / "policy"
+    policy.mkdir()
+    warm_start.save(make_tiny(config.model), make_tokenizer(config.model.max_length), policy)
+    pairs = [pair(f"{i:04d}+0000\n", "1+1", "2+2") for i in range(200)]
+    monkeypatch.setattr(judge_models, "sample_pairs", lambda *_: pairs)
+    monkeypatch.setattr(judge_models, "TINY", replace(judge_models.TINY, lr=1e-2))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return config, policy
+
+
+def test_a_tiny_judge_is_made_once_and_copied_into_each_run(tiny_run, tmp_path):
+    config, policy = tiny_run
+    steps = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        prepared = prepare_judge_model(config, tmp_path / name, policy, lambda *step: steps.append(step))
+        assert prepared.judge.model == str(tmp_path / name / "judge_model")
+        assert model_kind(prepared.judge.model) == "gpm"
+        taken = len(steps)
+    assert steps[-1][:2] == (taken, taken)
+    assert len(list((tmp_path / "cache" / "agon" / "models").iterdir())) == 1
+    other = replace(config, seed=1)
+    (tmp_path / "three").mkdir()
+    prepare_judge_model(other, tmp_path / "three", policy, lambda *_: None)
+    assert len(list((tmp_path / "cache" / "agon" / "models").iterdir())) == 2
+
+
+def test_a_tiny_judge_that_knows_too_little_is_refused_and_not_kept(tiny_run, tmp_path, monkeypatch):
+    config, policy = tiny_run
+    monkeypatch.setattr(judge_models, "LOWEST_ACCURACY", 1.1)
+    with pytest.raises(ModelError, match="is the least it may"):
+        prepare_judge_model(config, tmp_path, policy, lambda *_: None)
+    assert list((tmp_path / "cache" / "agon" / "models").iterdir()) == []
+
+
+def test_the_pairs_of_a_tiny_judge_are_right_against_wrong_and_of_no_other_split(monkeypatch, tmp_path):
+    config = compose(["scorer=preference_model"])
+    tokenizer = make_tokenizer(128)
+    policy = tmp_path / "policy"
+    policy.mkdir()
+    warm_start.save(make_tiny(config.model), tokenizer, policy)
+    monkeypatch.setattr(judge_models, "TINY", replace(judge_models.TINY, problems=3, samples=3))
+    task = AdditionTask()
+
+    def answers(model, prompts, **_):
+        rows = []
+        for index, row in enumerate(prompts):
+            a, b = tokenizer.decode(row, skip_special_tokens=True).strip().split("+")
+            right = f"#{int(a) + int(b):05d}"
+            rows.append([right + "</s>", right + "<pad>", "#0</s>"][index % 3])
+        return tokenizer(
+            rows, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt"
+        ).input_ids
+
+    monkeypatch.setattr(warm_start, "sample", answers)
+    pairs = judge_models.sample_pairs(config, policy)
+    assert len(pairs) == 3 * 2
+    for found in pairs:
+        a, b = map(int, found.prompt.strip().split("+"))
+        assert task.split_of(a, b) == "demonstrations"
+        assert found.chosen == Answer(text=f"#{a + b:05d}")
+        assert found.rejected in (Answer(text=f"#{a + b:05d}", ended=False), Answer(text="#0"))

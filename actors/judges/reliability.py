@@ -155,6 +155,6 @@ def check_answering(judge: str, readings: Sequence[Sequence[Verdict]], limit: fl
     if len(failures) > limit * len(votes):
         raise JudgeError(
             f"{judge} gave no verdict in {len(failures)} of {len(votes)} judgements (judge.max_failed_fraction="
-            f"{limit:g}). Latest: {failures[-1]}. Mend the rubric, take an abler judge.model, raise judge.max_tokens, or"
-            " read judge.verdict=probability, which needs no words"
+            f"{limit:g}). Latest: {failures[-1]}. Mend the rubric, take an abler judge.model, raise judge.max_tokens,"
+            " or read judge.verdict=probability, which needs no words"
         )
