@@ -11,6 +11,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from conf.objectives import OBJECTIVES
+
 
 def knob(
     default: Any,
@@ -214,12 +216,55 @@ class FilterConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The preference objective."""
+    """The objective: a preference term, what its labels are taken for, how pairs are weighted, and added terms."""
 
-    name: str = knob("dpo", "preference term", choices=("dpo", "sppo"))
-    beta: float = knob(0.1, "strength of the pull towards the reference", above=0)
+    name: str = knob("dpo", "preference term", choices=tuple(OBJECTIVES))
+    beta: float = knob(0.1, "strength of the pull towards the reference; orpo: weight of the odds ratio", above=0)
+    labels: str = knob(
+        "hard",
+        "hard: as the judge said, wrong with label_smoothing; robust: the same, unbiased; soft: the judge's own "
+        "probability; posterior: believed as far as the policy bears them out (LCPO); denoised: smoothed where the "
+        "policy is unsure (SPA)",
+        choices=("hard", "robust", "soft", "posterior", "denoised"),
+    )
     label_smoothing: float = knob(0.0, "probability that a label is wrong (cDPO)", low=0, high=0.5)
-    sft_weight: float = knob(0.0, "weight of the token-mean negative log-likelihood of chosen (RPO)", low=0)
+    noise_decay: float = knob(
+        0.9, "share of the old running mean kept at each step (labels=posterior, beta_scaling=implicit)", low=0, high=1
+    )
+    weighting: str = knob("none", "wpo: pairs by how likely the policy is to sample them", choices=("none", "wpo"))
+    beta_scaling: str = knob(
+        "none",
+        "margin: beta grows with the margin of the scores (MM-RLHF); implicit: with that of the policy (beta-DPO)",
+        choices=("none", "margin", "implicit"),
+    )
+    beta_scale: float = knob(0.1, "w: how much beta grows (beta_scaling)", low=0)
+    beta_slope: float = knob(1.0, "k: how fast it does, per unit of score (beta_scaling=margin)", above=0)
+    tail_weight: float = knob(
+        1.0, "weight of tokens behind the length that both completions have (LD-DPO)", low=0, high=1
+    )
+    include_prompt: bool = knob(False, "the prompt's tokens are scored as well (DOVE)")
+    gamma: float = knob(0.0, "target margin in units of beta times log-prob (simpo), nats (slic)", low=0)
+    penalty: float = knob(50.0, "lambda: of a chosen completion that has become rarer (dpop)", low=0)
+    score_scale: float = knob(
+        1.0, "multiplies scores: eta (rebel), 1 / alpha (nca, infonca), 1 / beta_r (exo); gpo, copg, p3o, pro", above=0
+    )
+    floor: float = knob(1e-3, "smallest probability of a target (exo_pair) or of a label (irepo)", above=0, high=0.499)
+    desirable_weight: float = knob(1.0, "lambda_D: of chosen completions (kto)", low=0)
+    undesirable_weight: float = knob(1.0, "lambda_U: of rejected completions (kto)", low=0)
+    divergence: str = knob("js", "towards the reference (f_dpo)", choices=("forward_kl", "js", "alpha"))
+    divergence_alpha: float = knob(0.5, "of divergence=alpha (f_dpo)", above=0, high=0.999)
+    negative_weight: float = knob(0.1, "alpha: of the worst completion (d2o)", low=0)
+    clip: float = knob(0.2, "most a likelihood ratio may move (p3o)", above=0, high=0.999)
+    anisotropy: float = knob(2.5, "a: how much more a completion with score 1 counts (trpa)", above=0)
+    exploration: str = knob(
+        "none", "selm, xpo: away from what the policy would say anyway", choices=("none", "selm", "xpo")
+    )
+    exploration_weight: float = knob(1e-5, "alpha: of the exploration term", low=0)
+    kl_weight: float = knob(0.0, "of KL(policy || reference) per token (the trust region of TRPA)", low=0)
+    sft_weight: float = knob(0.0, "weight of the token-mean negative log-likelihood (RPO)", low=0)
+    sft_target: str = knob(
+        "chosen", "whose likelihood: the chosen completion, or the best of its prompt (TPO)", choices=("chosen", "best")
+    )
 
 
 @dataclass(frozen=True)
@@ -228,8 +273,9 @@ class ReferenceConfig:
 
     kind: str = knob(
         "previous",
-        "previous: the policy at the start of the iteration; initial: the model given; ema: a running average",
-        choices=("previous", "initial", "ema"),
+        "previous: the policy at the start of the iteration; initial: the model given; ema: a running average; "
+        "none: for losses that need no reference, which then is never computed",
+        choices=("previous", "initial", "ema", "none"),
     )
     ema_decay: float = knob(0.9, "share of the old average kept at each iteration (kind=ema)", low=0, high=1)
 

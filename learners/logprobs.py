@@ -40,27 +40,40 @@ class ChunkedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, vocab_chunk: int
-    ) -> Tensor:
-        """[C] fp32 from hidden [C, D], weight [V, D], bias [V] or None, targets [C]."""
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        vocab_chunk: int,
+        collision: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[C] fp32 from hidden [C, D], weight [V, D], bias [V] or None, targets [C]; and log sum p^2 [C] if asked."""
         dtype = _product_dtype(hidden)
         states = hidden.to(dtype)
         maximum = torch.full((len(targets),), -torch.inf, device=hidden.device)
-        total = torch.zeros_like(maximum)
+        total, squares = torch.zeros_like(maximum), torch.zeros_like(maximum)
         chosen = torch.zeros_like(maximum)
         for start in range(0, len(weight), vocab_chunk):
             logits = _chunk_logits(states, weight, bias, start, vocab_chunk)
             higher = torch.maximum(maximum, logits.amax(1))
             index, inside = _target_columns(targets, start, logits.shape[1])
             chosen = torch.where(inside, logits.gather(1, index)[:, 0], chosen)
-            total = total * (maximum - higher).exp() + logits.sub_(higher[:, None]).exp_().sum(1)
+            shrunk = (maximum - higher).exp()
+            total = total * shrunk + logits.sub_(higher[:, None]).exp_().sum(1)
+            if collision:
+                squares = squares * shrunk.square() + logits.square_().sum(1)
             maximum = higher
             del logits  # before the next chunk's are made
         normalizer = maximum + total.log()
         ctx.save_for_backward(hidden, weight, bias, targets, normalizer)
         ctx.vocab_chunk = vocab_chunk
         ctx.dtype = dtype
-        return chosen - normalizer
+        if not collision:
+            return chosen - normalizer, None
+        log_collision = squares.log() - 2 * total.log()
+        ctx.mark_non_differentiable(log_collision)
+        return chosen - normalizer, log_collision
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -85,7 +98,7 @@ class ChunkedLogprobs(torch.autograd.Function):
             if to_weight is not None:
                 to_weight[columns] = _product(slope.T, states)
             del slope
-        return to_hidden if to_hidden is None else to_hidden.to(hidden.dtype), to_weight, to_bias, None, None
+        return to_hidden if to_hidden is None else to_hidden.to(hidden.dtype), to_weight, to_bias, None, None, None
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
@@ -135,13 +148,16 @@ def completion_indices(columns: PackedColumns) -> tuple[np.ndarray, np.ndarray]:
     return targets, np.where(within == 0, prompt_ends, targets - 1)
 
 
-def token_logprobs(model: nn.Module, columns: PackedColumns, *, vocab_chunk: int) -> Tensor:
+def token_logprobs(
+    model: nn.Module, columns: PackedColumns, *, vocab_chunk: int, collision: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Natural-log probability [C] (fp32) of each completion token given its prompt and the tokens before it.
 
     Args:
         model: a causal language model of transformers whose attention implementation is `packed.ATTENTION`.
         columns: the packed tokens; completions in order.
         vocab_chunk: columns of the vocabulary whose logits exist at once.
+        collision: give also the log of the sum of squared probabilities [C] at each token, without gradient.
 
     Raises:
         ModelError: the model's attention or head cannot run packed.
@@ -154,12 +170,14 @@ def token_logprobs(model: nn.Module, columns: PackedColumns, *, vocab_chunk: int
     hidden = F.embedding(torch.from_numpy(predictors).to(hidden.device), hidden)
     wanted = torch.from_numpy(columns.tokens[targets].astype(np.int64)).to(hidden.device)
     apply: Any = ChunkedLogprobs.apply
-    logprobs: Tensor = apply(hidden, head.weight, head.bias, wanted, vocab_chunk)
-    return logprobs
+    found: tuple[Tensor, Tensor | None] = apply(hidden, head.weight, head.bias, wanted, vocab_chunk, collision)
+    return found
 
 
-def plain_token_logprobs(model: nn.Module, columns: PackedColumns) -> Tensor:
-    """The same [C] by an ordinary forward: one right-padded row a completion, whole logits, nothing shared."""
+def plain_token_logprobs(
+    model: nn.Module, columns: PackedColumns, *, collision: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """The same by an ordinary forward: one right-padded row a completion, whole logits, nothing shared."""
     device = next(model.parameters()).device
     prompts = columns.prompt_lengths[columns.completion_groups]
     lengths = prompts + columns.completion_lengths
@@ -176,8 +194,9 @@ def plain_token_logprobs(model: nn.Module, columns: PackedColumns) -> Tensor:
     logits = model(input_ids=inputs, attention_mask=torch.from_numpy(mask).to(device), use_cache=False).logits
     logprobs = logits[:, :-1].float().log_softmax(-1)
     picked = logprobs.gather(2, inputs[:, 1:, None])[..., 0]
-    result: Tensor = picked[torch.from_numpy(scored[:, 1:]).to(device)]
-    return result
+    real = torch.from_numpy(scored[:, 1:]).to(device)
+    log_collision = (2 * logprobs.detach()).logsumexp(-1)[real] if collision else None
+    return picked[real], log_collision
 
 
 def check_packing(model: nn.Module, *, vocab_chunk: int, seed: int = 0) -> str | None:
@@ -196,9 +215,9 @@ def check_packing(model: nn.Module, *, vocab_chunk: int, seed: int = 0) -> str |
     columns = _probe(config.vocab_size, seed)
     parameter = next(model.parameters())
     with torch.no_grad(), torch.autocast(parameter.device.type, enabled=False):
-        plain = plain_token_logprobs(model, columns)
+        plain, _ = plain_token_logprobs(model, columns)
         try:
-            packed = token_logprobs(model, columns, vocab_chunk=vocab_chunk)
+            packed, _ = token_logprobs(model, columns, vocab_chunk=vocab_chunk)
         except (ModelError, AttributeError, TypeError, ValueError, RuntimeError) as error:
             return f"{type(error).__name__}: {error}"
     difference = float((packed - plain).abs().max())

@@ -91,10 +91,19 @@ class Policy(nn.Module):
 
     def forward(self, columns: PackedColumns) -> Tensor:
         """Log-prob [C] (fp32) of each completion token; differentiable."""
+        return self._run(columns, collision=False)[0]
+
+    def with_collision(self, columns: PackedColumns) -> tuple[Tensor, Tensor]:
+        """The same, and the log of the sum of squared probabilities [C] at each token, without gradient."""
+        logprobs, log_collision = self._run(columns, collision=True)
+        assert log_collision is not None
+        return logprobs, log_collision
+
+    def _run(self, columns: PackedColumns, *, collision: bool) -> tuple[Tensor, Tensor | None]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             if self.packing_refused is None:
-                return token_logprobs(self.model, columns, vocab_chunk=self.vocab_chunk)
-            return plain_token_logprobs(self.model, columns)
+                return token_logprobs(self.model, columns, vocab_chunk=self.vocab_chunk, collision=collision)
+            return plain_token_logprobs(self.model, columns, collision=collision)
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
         """The model's parameters, tied ones once."""

@@ -4,8 +4,10 @@
     previous   the policy at the start of the iteration (the usual choice of iterative DPO)
     ema        ref <- decay * ref + (1 - decay) * policy, once at the start of each iteration
 
-All three are one snapshot of parameters and differ in what the start of an iteration does to it. The model object is
-the policy's own; `torch.func.functional_call` runs it on the snapshot.
+    none       for objectives that need no reference: it is never computed, and its log-probs are 0
+
+The first three are one snapshot of parameters and differ in what the start of an iteration does to it. The model object
+is the policy's own; `torch.func.functional_call` runs it on the snapshot.
 """
 
 from __future__ import annotations
@@ -31,11 +33,11 @@ class Reference:
     """
 
     def __init__(self, policy: Policy, config: ReferenceConfig) -> None:
-        if config.kind not in ("initial", "previous", "ema"):
-            raise ValueError(f"reference.kind is {config.kind!r}; it must be previous, initial or ema")
+        if config.kind not in ("initial", "previous", "ema", "none"):
+            raise ValueError(f"reference.kind is {config.kind!r}; it must be previous, initial, ema or none")
         self._policy = policy
         self._config = config
-        self.parameters = snapshot(policy)
+        self.parameters = {} if config.kind == "none" else snapshot(policy)
 
     @torch.no_grad()
     def begin_iteration(self) -> None:
@@ -48,7 +50,9 @@ class Reference:
                     self.parameters[name].lerp_(parameter, 1 - self._config.ema_decay)
 
     def logprobs(self, columns: PackedColumns) -> Tensor:
-        """Log-prob [C] (fp32) of each completion token under the reference."""
+        """Log-prob [C] (fp32) of each completion token under the reference; 0 without one."""
+        if self._config.kind == "none":
+            return torch.zeros(int(columns.completion_lengths.sum()))
         return self._policy.logprobs_with(self.parameters, columns)
 
 

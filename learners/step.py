@@ -1,9 +1,13 @@
 """One optimizer step, from a packed batch to moved weights.
 
-    split -> (log-probs -> sums -> pair losses -> backward) each micro-batch -> clip -> AdamW
+    split -> (log-probs -> loss -> backward) each micro-batch -> sum over ranks -> clip -> AdamW
 
-The loss is the weighted sum of pair losses over the pairs of the *global* batch, so micro-batches of any sizes add up
-to the gradient of the one big batch.
+The loss is a weighted sum over the items of the *global* batch divided by their number, so micro-batches of any sizes,
+on any number of ranks, add up to the gradient of the one big batch. That holds as well for objectives whose items
+depend on each other. For those log-probs are computed first, without gradient and of all micro-batches of all ranks;
+the loss of the global batch is differentiated with respect to this rank's token log-probs; and each micro-batch is then
+run again to carry its part of that gradient on to the weights (the gradient cache of Gao et al. 2021, "Scaling Deep
+Contrastive Learning Batch Size under Memory Limited Setup", arXiv:2101.06983).
 
 Shapes: S completions, C completion tokens, P pairs.
 """
@@ -11,18 +15,20 @@ Shapes: S completions, C completion tokens, P pairs.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from learners.losses import LossInput, pair_losses
+from conf.objectives import OBJECTIVES, is_coupled
+from learners import ranks
+from learners.losses import LossInput, LossState, advance, concatenate, losses
 from orchestrator.batching import split
 from orchestrator.errors import TrainingError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -40,41 +46,39 @@ def optimizer_step(
     learner: LearnerConfig,
     lr: float,
     version: int,
+    state: LossState,
     replay: Callable[[], float] | None = None,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], LossState]:
     """Take one step on an annotated batch.
 
     Args:
         policy: whose weights move.
         optimizer: over the policy's parameters.
-        batch: the global batch, with reference log-probs.
+        batch: the global batch with reference log-probs, or this rank's prompt groups of it.
         loss: the objective.
         learner: `micro_batch_tokens` and `max_grad_norm` are read.
         lr: learning rate of this step.
         version: number of the learner's own policy version, for staleness.
+        state: what the objective remembers of earlier steps.
         replay: adds the gradient of seed data and returns their loss (`Replay.backward`); None: there is none.
 
     Returns:
-        Metrics by name. Log-probs, ratios and margin are sums over tokens in nats, means over pairs.
+        Metrics by name, and what the objective remembers now. Log-probs, ratios and margin are sums over tokens in
+        nats, means over the pairs of all ranks.
 
     Raises:
         ValueError: the batch has no reference log-probs.
         TrainingError: loss or gradient norm is not finite; the weights are untouched and gradients dropped.
     """
     optimizer.zero_grad(set_to_none=True)
-    totals: dict[str, Tensor] = {}
-    for part in split(batch, learner.micro_batch_tokens):
-        inputs = loss_input(policy(part), part)
-        losses = pair_losses(inputs, loss) * _column(part.weights, policy)
-        (losses.sum() / batch.num_pairs).backward()  # type: ignore[no-untyped-call]
-        for name, values in _observe(inputs, losses).items():
-            totals[name] = totals.get(name, 0.0) + values.detach().sum()
+    parts = split(batch, learner.micro_batch_tokens)
+    run = _run_coupled if is_coupled(loss) else _run
+    sums, after = run(policy, parts, loss, state)
     replayed = {} if replay is None else {"replay_nll": replay()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    ranks.sum_gradients(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, learner.max_grad_norm)
-    metrics = {name: float(total) / batch.num_pairs for name, total in totals.items()}
-    metrics |= replayed
-    metrics["grad_norm"] = float(norm)
+    metrics = sums | replayed | {"grad_norm": float(norm)}
     if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
         optimizer.zero_grad(set_to_none=True)
         raise TrainingError(
@@ -87,53 +91,106 @@ def optimizer_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     staleness = version - batch.data_versions
-    return metrics | {"lr": lr, "staleness_mean": float(staleness.mean()), "staleness_max": float(staleness.max())}
+    metrics |= {"lr": lr, "staleness_mean": float(staleness.mean()), "staleness_max": float(staleness.max())}
+    return metrics, after
 
 
-def loss_input(logprobs: Tensor, batch: PreferenceBatch) -> LossInput:
-    """What losses are made of, from token log-probs [C] under the policy and the batch's own under the reference.
+def _run(
+    policy: Policy, parts: list[PreferenceBatch], loss: LossConfig, state: LossState
+) -> tuple[dict[str, float], LossState]:
+    """Adds the gradient of an objective whose items stand alone, one micro-batch after the other."""
+    items, pairs = ranks.total(
+        [sum(num_items(part, loss) for part in parts), sum(part.num_pairs for part in parts)],
+    )
+    sums: dict[str, Tensor] = {}
+    for part in parts:
+        inputs = _forward(policy, part, loss)
+        values = losses(inputs, loss, state)
+        (values.sum() / items).backward()  # type: ignore[no-untyped-call]
+        for name, value in _observe(inputs, values.sum() * pairs / items).items():
+            sums[name] = sums.get(name, 0.0) + value
+    totals = ranks.total(map(float, sums.values()))
+    return {name: value / pairs for name, value in zip(sums, totals, strict=True)}, state
+
+
+def _run_coupled(
+    policy: Policy, parts: list[PreferenceBatch], loss: LossConfig, state: LossState
+) -> tuple[dict[str, float], LossState]:
+    """Adds the gradient of an objective of the whole global batch, through its gradient at the log-probs."""
+    with torch.no_grad():
+        mine = concatenate([_forward(policy, part, loss) for part in parts])
+    logprobs = mine.logprobs.requires_grad_()
+    everyone = [one.to(logprobs.device) for one in ranks.gather(mine.to("cpu"))]
+    everyone[ranks.rank()] = replace(mine, logprobs=logprobs)
+    whole = concatenate(everyone)
+    items = sum(ranks.total([sum(num_items(part, loss) for part in parts)]))
+    values = losses(whole, loss, state)
+    (gradient,) = torch.autograd.grad(values.sum() / items, logprobs)
+    shares = torch.split(gradient, [part.num_completion_tokens for part in parts])
+    for part, share in zip(parts, shares, strict=True):
+        policy(part).backward(share)
+    with torch.no_grad():
+        pairs = len(whole.chosen)
+        observed = _observe(whole, values.sum() * pairs / items)
+        return {name: float(value) / pairs for name, value in observed.items()}, advance(whole, loss, state)
+
+
+def num_items(batch: PreferenceBatch, loss: LossConfig) -> int:
+    """What the summed losses are divided by: pairs, or the groups of an objective of groups."""
+    return len(batch.prompt_starts) if OBJECTIVES[loss.name].unit == "group" else batch.num_pairs
+
+
+def _forward(policy: Policy, batch: PreferenceBatch, loss: LossConfig) -> LossInput:
+    if loss.weighting == "wpo":
+        logprobs, log_collision = policy.with_collision(batch)
+        return replace(loss_input(logprobs, batch, loss.beta), log_collision=log_collision)
+    return loss_input(policy(batch), batch, loss.beta)
+
+
+def loss_input(logprobs: Tensor, batch: PreferenceBatch, beta: float) -> LossInput:
+    """What objectives are made of, from token log-probs [C] under the policy and the batch's own under the reference.
 
     Raises:
         ValueError: the batch has no reference log-probs.
     """
     if batch.reference_logprobs is None:
         raise ValueError("the batch has no reference log-probs; annotate it first")
-    chosen, rejected = (torch.tensor(index, device=logprobs.device) for index in (batch.chosen, batch.rejected))
-    lengths = torch.tensor(batch.completion_lengths, device=logprobs.device, dtype=torch.int64)
-    reference = torch.tensor(batch.reference_logprobs, device=logprobs.device)
-    policy_sums, reference_sums = (_sums(values, lengths) for values in (logprobs, reference))
+
+    def column(values: NDArray[Any], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, device=logprobs.device, dtype=dtype)
+
+    def optional(values: NDArray[Any] | None) -> Tensor | None:
+        return None if values is None else column(values, logprobs.dtype)
+
     return LossInput(
-        logprob_chosen=policy_sums.index_select(0, chosen),
-        logprob_rejected=policy_sums.index_select(0, rejected),
-        reference_chosen=reference_sums.index_select(0, chosen),
-        reference_rejected=reference_sums.index_select(0, rejected),
-        length_chosen=lengths.index_select(0, chosen).float(),
-        length_rejected=lengths.index_select(0, rejected).float(),
-        score_chosen=torch.tensor(batch.chosen_scores, device=logprobs.device),
-        score_rejected=torch.tensor(batch.rejected_scores, device=logprobs.device),
-        score_margin=torch.tensor(batch.chosen_scores - batch.rejected_scores, device=logprobs.device),
+        logprobs=logprobs,
+        reference=column(batch.reference_logprobs, logprobs.dtype),
+        lengths=column(batch.completion_lengths, torch.int64),
+        groups=column(batch.completion_groups, torch.int64),
+        chosen=column(batch.chosen, torch.int64),
+        rejected=column(batch.rejected, torch.int64),
+        labels=column(batch.labels, logprobs.dtype),
+        weights=column(batch.weights, logprobs.dtype),
+        score_chosen=column(batch.chosen_scores, logprobs.dtype),
+        score_rejected=column(batch.rejected_scores, logprobs.dtype),
+        beta=torch.full((batch.num_pairs,), beta, device=logprobs.device, dtype=logprobs.dtype),
+        mismatched=column(batch.mismatched, torch.int64),
+        chosen_token_weights=optional(batch.chosen_token_weights),
+        rejected_token_weights=optional(batch.rejected_token_weights),
     )
 
 
-def _sums(values: Tensor, lengths: Tensor) -> Tensor:
-    """[S] sums of token values [C] over each completion."""
-    return torch.segment_reduce(values, "sum", lengths=lengths, axis=0)
-
-
-def _column(values: NDArray[np.float32], policy: Policy) -> Tensor:
-    return torch.tensor(values, device=policy.device)
-
-
-def _observe(inputs: LossInput, losses: Tensor) -> dict[str, Tensor]:
-    """The metrics that are means over pairs, [P] each."""
-    return {
-        "loss": losses,
+def _observe(inputs: LossInput, loss: Tensor) -> dict[str, Tensor]:
+    """Sums over pairs of what is reported as means, and the loss, scaled likewise."""
+    chosen, rejected = inputs.log_ratio_chosen, inputs.log_ratio_rejected
+    columns = {
         "logprob_chosen": inputs.logprob_chosen,
         "logprob_rejected": inputs.logprob_rejected,
-        "log_ratio_chosen": inputs.log_ratio_chosen,
-        "log_ratio_rejected": inputs.log_ratio_rejected,
-        "margin": inputs.margin,
-        "accuracy": (inputs.margin > 0).float(),
+        "log_ratio_chosen": chosen,
+        "log_ratio_rejected": rejected,
+        "margin": chosen - rejected,
+        "accuracy": (chosen > rejected).float(),
         "length_chosen": inputs.length_chosen,
         "length_rejected": inputs.length_rejected,
     }
+    return {"loss": loss.detach(), **{name: values.detach().sum() for name, values in columns.items()}}

@@ -14,7 +14,7 @@ start the process with glibc's ``MALLOC_TRIM_THRESHOLD_`` and ``MALLOC_MMAP_THRE
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ import torch
 from transformers.core_model_loading import revert_weight_conversion
 
 from learners.checkpoint import read_folder, write_folder
+from learners.losses import LossState
 from learners.policy import Policy, load_model
 from learners.reference import Reference, kl_estimate, snapshot
 from learners.replay import Replay
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from orchestrator.types import Completion, PreferenceBatch, Prompt, SeedSequence
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_MOVING = ("previous", "ema")
+"""References that are not the model given, and so are saved."""
 
 
 class Trainer:
@@ -101,6 +104,7 @@ class Trainer:
         self.iteration = 0
         self._iteration_step = 0
         self._total_steps = 1
+        self._loss_state = LossState()
         self._reference_logprobs: dict[bytes, NDArray[np.float32]] = {}
         """Of the iteration's completions, by `completion_keys`."""
         self._optimizer = self._new_optimizer()
@@ -148,7 +152,7 @@ class Trainer:
             total_steps=self._total_steps,
             warmup_steps=self._learner.warmup_steps,
         )
-        metrics = optimizer_step(
+        metrics, self._loss_state = optimizer_step(
             self.policy,
             self._optimizer,
             batch,
@@ -156,6 +160,7 @@ class Trainer:
             learner=self._learner,
             lr=lr,
             version=self.version,
+            state=replace(self._loss_state, progress=min(1.0, self._iteration_step / self._total_steps)),
             replay=partial(self._replay.backward, self.policy, self.step) if self._replay else None,
         )
         self.step += 1
@@ -221,9 +226,10 @@ class Trainer:
                 if parameter in self._optimizer.state
             },
         }
-        if self._reference_kind != "initial":
+        if self._reference_kind in _MOVING:
             tensors["reference"] = self.reference.parameters
-        write_folder(folder, tensors, {"reference": self._reference_kind, **self._counters()})
+        facts = {"reference": self._reference_kind, "loss_state": asdict(self._loss_state), **self._counters()}
+        write_folder(folder, tensors, facts)
 
     def load(self, folder: str | Path) -> None:
         """Go on from what `save` wrote; the trainer must be built from the same model folder and configuration.
@@ -238,7 +244,7 @@ class Trainer:
             )
         live = self.policy.parameters_by_name()
         _copy(tensors["weights"], live, folder)
-        if self._reference_kind != "initial":
+        if self._reference_kind in _MOVING:
             _copy(tensors["reference"], self.reference.parameters, folder)
         self._optimizer = self._new_optimizer()
         for name, parameter in live.items():
@@ -251,6 +257,8 @@ class Trainer:
                 }
         self.step, self.version, self.iteration = facts["step"], facts["version"], facts["iteration"]
         self._iteration_step, self._total_steps = facts["iteration_step"], facts["total_steps"]
+        remembered = facts["loss_state"]
+        self._loss_state = LossState(**remembered | {"margins": tuple(remembered["margins"])})
 
     def _counters(self) -> dict[str, int]:
         return {

@@ -49,7 +49,9 @@ class PackedSequences:
     """[S] tokens, at least 1."""
 
 
-def batches(pairs: Sequence[PreferencePair], *, batch_pairs: int, seed: int, epoch: int) -> list[list[PreferencePair]]:
+def batches(
+    pairs: Sequence[PreferencePair], *, batch_pairs: int, seed: int, epoch: int, whole_groups: bool = False
+) -> list[list[PreferencePair]]:
     """Shuffle pairs into global batches; the last one may be short.
 
     Whole prompts are shuffled, so that pairs of one prompt are neighbours and share a batch unless its border falls
@@ -60,6 +62,7 @@ def batches(pairs: Sequence[PreferencePair], *, batch_pairs: int, seed: int, epo
         batch_pairs: pairs of one optimizer step, at least 1.
         seed: the run's seed.
         epoch: pass over the pairs, 0 for the first; each has an order of its own.
+        whole_groups: close a batch before a prompt that does not fit; one with more than `batch_pairs` is a batch.
     """
     if batch_pairs < 1:
         raise ValueError(f"batch_pairs is {batch_pairs}; it must be at least 1")
@@ -68,18 +71,30 @@ def batches(pairs: Sequence[PreferencePair], *, batch_pairs: int, seed: int, epo
         groups.setdefault((pair.prompt.id, pair.prompt.token_ids), []).append(pair)
     blocks = list(groups.values())
     order = np.random.default_rng([seed, epoch]).permutation(len(blocks))
+    if whole_groups:
+        made: list[list[PreferencePair]] = []
+        for index in order:
+            if not made or len(made[-1]) + len(blocks[index]) > batch_pairs:
+                made.append([])
+            made[-1] += blocks[index]
+        return made
     shuffled = list(chain.from_iterable(blocks[index] for index in order))
     return [shuffled[start : start + batch_pairs] for start in range(0, len(shuffled), batch_pairs)]
 
 
-def pack(pairs: Sequence[PreferencePair]) -> PreferenceBatch:
+def pack(pairs: Sequence[PreferencePair], *, mismatched: bool = False, include_prompt: bool = False) -> PreferenceBatch:
     """Pack pairs into one batch, without reference log-probs. Groups come in the order their prompts first appear.
 
     Args:
         pairs: at least one, all of the same iteration and loss reference; their order is kept.
+        mismatched: each prompt is also given the first completion of the next prompt in the batch (of the first one
+            after the last); nothing is added to a batch of a single prompt.
+        include_prompt: count the prompt's tokens, all but the first, as tokens of the completions, so that they are
+            scored. Nothing is shared then.
 
     Raises:
-        ValueError: no pairs, an empty prompt or completion, or pairs of different iterations or references.
+        ValueError: no pairs, an empty prompt or completion, token weights of another length than their completion, or
+            pairs of different iterations or references.
     """
     if not pairs:
         raise ValueError("no pairs to pack")
@@ -93,6 +108,11 @@ def pack(pairs: Sequence[PreferencePair]) -> PreferenceBatch:
     sequences = [
         (pair.prompt.token_ids, completion.token_ids) for pair in pairs for completion in (pair.chosen, pair.rejected)
     ]
+    sides = len(sequences)
+    if mismatched:
+        sequences += _mismatched(sequences)
+    if include_prompt:
+        sequences = [(prompt[:1], prompt[1:] + completion) for prompt, completion in sequences]
     columns, index = _columns(sequences)
     return PreferenceBatch(
         tokens=columns.tokens,
@@ -101,8 +121,8 @@ def pack(pairs: Sequence[PreferencePair]) -> PreferenceBatch:
         completion_groups=columns.completion_groups,
         completion_starts=columns.completion_starts,
         completion_lengths=columns.completion_lengths,
-        chosen=index[0::2],
-        rejected=index[1::2],
+        chosen=index[0:sides:2],
+        rejected=index[1:sides:2],
         weights=np.array([pair.weight for pair in pairs], np.float32),
         labels=np.array([pair.label for pair in pairs], np.float32),
         chosen_scores=np.array([pair.chosen_score for pair in pairs], np.float32),
@@ -110,11 +130,39 @@ def pack(pairs: Sequence[PreferencePair]) -> PreferenceBatch:
         data_versions=np.array(
             [min(pair.chosen.policy.number, pair.rejected.policy.number) for pair in pairs], np.int32
         ),
+        mismatched=index[sides:],
+        chosen_token_weights=_token_weights(pairs, "chosen", include_prompt),
+        rejected_token_weights=_token_weights(pairs, "rejected", include_prompt),
         reference_logprobs=None,
         pair_ids=tuple(pair.id for pair in pairs),
         reference=first.reference,
         iteration=first.iteration,
     )
+
+
+def _mismatched(sequences: Sequence[tuple[Tokens, Tokens]]) -> list[tuple[Tokens, Tokens]]:
+    """For each prompt, in the order they first appear, itself with the first completion of the next one."""
+    first: dict[Tokens, Tokens] = {}
+    for prompt, completion in sequences:
+        first.setdefault(prompt, completion)
+    prompts = list(first)
+    if len(prompts) == 1:
+        return []
+    return [(prompt, first[after]) for prompt, after in zip(prompts, prompts[1:] + prompts[:1], strict=True)]
+
+
+def _token_weights(pairs: Sequence[PreferencePair], side: str, include_prompt: bool) -> NDArray[np.float32] | None:
+    given = [getattr(pair, f"{side}_token_weights") for pair in pairs]
+    if all(weights is None for weights in given):
+        return None
+    columns = []
+    for pair, weights in zip(pairs, given, strict=True):
+        length = len(getattr(pair, side).token_ids)
+        if weights is not None and len(weights) != length:
+            raise ValueError(f"pair {pair.id} has {len(weights)} token weights for the {length} tokens of its {side}")
+        prompt = len(pair.prompt.token_ids) - 1 if include_prompt else 0
+        columns.append(np.concatenate([np.ones(prompt), np.ones(length) if weights is None else weights]))
+    return np.concatenate(columns, dtype=np.float32, casting="same_kind")
 
 
 def pack_sequences(sequences: Sequence[tuple[Tokens, Tokens]]) -> tuple[PackedSequences, NDArray[np.int32]]:
@@ -204,6 +252,7 @@ def _groups(batch: PreferenceBatch, low: int, high: int) -> PreferenceBatch:
     if reference is not None:
         offsets = np.concatenate([[0], np.cumsum(batch.completion_lengths, dtype=np.int64)])
         reference = reference[offsets[first] : offsets[last]]
+    mine = (batch.mismatched >= first) & (batch.mismatched < last)
     return replace(
         batch,
         tokens=batch.tokens[start:end],
@@ -219,6 +268,21 @@ def _groups(batch: PreferenceBatch, low: int, high: int) -> PreferenceBatch:
         chosen_scores=batch.chosen_scores[kept],
         rejected_scores=batch.rejected_scores[kept],
         data_versions=batch.data_versions[kept],
+        mismatched=batch.mismatched[mine] - np.int32(first),
+        chosen_token_weights=_kept(batch.chosen_token_weights, batch.completion_lengths[batch.chosen], kept),
+        rejected_token_weights=_kept(batch.rejected_token_weights, batch.completion_lengths[batch.rejected], kept),
         reference_logprobs=reference,
         pair_ids=tuple(batch.pair_ids[index] for index in kept.tolist()),
     )
+
+
+def _kept(
+    weights: NDArray[np.float32] | None, lengths: NDArray[np.int32], kept: NDArray[np.int64]
+) -> NDArray[np.float32] | None:
+    """The token weights of the pairs `kept`, of runs of `lengths`."""
+    if weights is None:
+        return None
+    chosen = np.zeros(len(lengths), bool)
+    chosen[kept] = True
+    found: NDArray[np.float32] = weights[np.repeat(chosen, lengths)]
+    return found

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from conf.objectives import OBJECTIVES
 from orchestrator import batching, metrics
 from orchestrator.errors import DeadlineError
 from orchestrator.evaluation import evaluate
@@ -120,7 +121,11 @@ class Iteration:
             part
             for epoch in range(config.epochs)
             for part in batching.batches(
-                pairs, batch_pairs=config.batch_pairs, seed=context.seed("shuffle", self._number), epoch=epoch
+                pairs,
+                batch_pairs=config.batch_pairs,
+                seed=context.seed("shuffle", self._number),
+                epoch=epoch,
+                whole_groups=OBJECTIVES[context.config.loss.name].unit == "group",
             )
         ]
         self._call(learner.begin_iteration.remote(self._number, len(batches)), "begin the iteration")
@@ -146,9 +151,10 @@ class Iteration:
 
     def _feed(self, batches: list[list[PreferencePair]], training: Any) -> None:
         """Puts packed batches into the queue as room appears, and stops as soon as the learner does."""
-        deadline_s = self._context.config.learner.step_deadline_s
+        deadline_s, loss = self._context.config.learner.step_deadline_s, self._context.config.loss
+        mismatched = OBJECTIVES[loss.name].mismatched
         for pairs in batches:
-            batch = ray.put(batching.pack(pairs))
+            batch = ray.put(batching.pack(pairs, mismatched=mismatched, include_prompt=loss.include_prompt))
             end = time.monotonic() + deadline_s
             while not self._context.roles.queue.put(batch, timeout_s=_PUT_SLICE_S):
                 self._show_training(len(batches))

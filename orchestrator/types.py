@@ -189,6 +189,10 @@ class PreferencePair:
     """Probability that the chosen completion is the better one, for losses with soft labels."""
     weight: float = 1.0
     """Multiplies the pair's loss."""
+    chosen_token_weights: tuple[float, ...] | None = None
+    """Multiplies each token's log-prob in the pair's sums, one for each token of chosen; None: all 1."""
+    rejected_token_weights: tuple[float, ...] | None = None
+    """The same of rejected."""
 
     @property
     def margin(self) -> float:
@@ -233,6 +237,13 @@ class PreferenceBatch:
     data_versions: NDArray[np.int32]
     """[P] number of the oldest data policy among the pair's two completions; staleness is the consumer's own version
     minus this, computed when the batch is consumed."""
+    mismatched: NDArray[np.int32]
+    """[G] index of a completion of each group that answers the next group's prompt, for objectives that measure a KL
+    baseline on such; [0] for the others. It belongs to no pair."""
+    chosen_token_weights: NDArray[np.float32] | None
+    """[tokens of all pairs' chosen completions, pair after pair]; None: all 1."""
+    rejected_token_weights: NDArray[np.float32] | None
+    """The same of rejected."""
     reference_logprobs: NDArray[np.float32] | None
     """[C] log-prob of each completion token under the reference, completions in order; None until annotated."""
     pair_ids: tuple[str, ...]

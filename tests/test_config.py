@@ -89,7 +89,7 @@ def test_texts_need_no_quoting():
         ("beta=1", ["beta: no such key", "did you mean loss.beta?"]),
         ("optimiser.lr=1", ["no such key", "learner.lr"]),
         ("model.tiny=3", ["a group of keys", "model.tiny.hidden_size"]),
-        ("loss=dpoo", ["loss=dpoo: no such loss", "did you mean dpo?", "choices: cdpo, dpo, rpo"]),
+        ("loss=dpoo", ["loss=dpoo: no such loss", "did you mean dpo? choices: aft, aot"]),
         ("model=tinny", ["did you mean tiny?", "hf, tiny", "folder or hub id"]),
         ("learner.lr=fast", ["learner.lr: expected a number, found 'fast'"]),
         ("learner.lr=null", ["learner.lr: expected a number, found null"]),

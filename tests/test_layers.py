@@ -13,7 +13,7 @@ PACKAGES = ("conf", "orchestrator", "actors", "learners", "launch")
 
 # Lower layers first; within a layer modules may use each other. The first match counts.
 LAYERS = [
-    ("records", ["conf.schema", "orchestrator.types", "orchestrator.errors", "orchestrator.seeds"]),
+    ("records", ["conf.schema", "conf.objectives", "orchestrator.types", "orchestrator.errors", "orchestrator.seeds"]),
     (
         "pure logic",
         [

@@ -60,8 +60,9 @@ def gradients(model, logprobs):
 @settings(max_examples=20, deadline=None)
 def test_packed_equals_plain_with_gradients(name, columns, vocab_chunk):
     model = packed_model(name)
-    packed = token_logprobs(model, columns, vocab_chunk=vocab_chunk)
-    plain = plain_token_logprobs(model, columns)
+    packed, squares = token_logprobs(model, columns, vocab_chunk=vocab_chunk, collision=True)
+    plain, plain_squares = plain_token_logprobs(model, columns, collision=True)
+    torch.testing.assert_close(squares, plain_squares, atol=1e-5, rtol=0)
     torch.testing.assert_close(packed, plain, atol=1e-5, rtol=1e-5)
     expected = gradients(model, plain)
     for parameter, gradient in gradients(model, packed).items():
@@ -79,7 +80,7 @@ def test_plain_equals_one_sequence_at_a_time():
         ids = torch.tensor([prompt + completion])
         logprobs = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)[0]
         alone += [logprobs[place - 1, ids[0, place]] for place in range(len(prompt), ids.shape[1])]
-    torch.testing.assert_close(plain_token_logprobs(model, columns), torch.stack(alone))
+    torch.testing.assert_close(plain_token_logprobs(model, columns)[0], torch.stack(alone))
 
 
 def test_packing_layout_of_the_docstring():
@@ -114,7 +115,7 @@ def test_chunked_logprobs_with_gradients(rows, vocabulary, chunk, bias, seed):
     targets = torch.randint(0, vocabulary, (rows,), generator=generator)
     slopes = torch.randn(rows, generator=generator)
     whole = torch.nn.functional.linear(hidden, weight, offset).log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    ours = ChunkedLogprobs.apply(hidden, weight, offset, targets, chunk)
+    ours = ChunkedLogprobs.apply(hidden, weight, offset, targets, chunk, False)[0]
     torch.testing.assert_close(ours, whole, atol=1e-5, rtol=1e-5)
     expected = torch.autograd.grad((whole * slopes).sum(), leaves)
     torch.testing.assert_close(torch.autograd.grad((ours * slopes).sum(), leaves), expected, atol=1e-5, rtol=1e-5)
@@ -122,7 +123,7 @@ def test_chunked_logprobs_with_gradients(rows, vocabulary, chunk, bias, seed):
 
 def test_huge_logits_do_not_overflow():
     hidden, weight = torch.tensor([[1e4]]), torch.tensor([[1.0], [-1.0], [0.5]])
-    logprobs = ChunkedLogprobs.apply(hidden, weight, None, torch.tensor([0]), 2)
+    logprobs = ChunkedLogprobs.apply(hidden, weight, None, torch.tensor([0]), 2, False)[0]
     assert logprobs.item() == 0.0
 
 
@@ -148,7 +149,7 @@ def test_architectures_that_packing_cannot_serve_fall_back_with_the_reason(confi
     policy = Policy(model, dtype="float32", vocab_chunk=16)
     assert reason in policy.packing_refused
     columns, _ = pack_sequences([((1, 2), (3, 4)), ((1, 2), (5,))])
-    torch.testing.assert_close(policy(columns), plain_token_logprobs(model, columns))
+    torch.testing.assert_close(policy(columns), plain_token_logprobs(model, columns)[0])
 
 
 def test_check_refuses_a_model_whose_attention_looks_across_completions(monkeypatch):
@@ -195,7 +196,7 @@ def test_packed_equals_plain_on_cuda(name, dtype, tolerance):
     model = packed_model(name, "cuda")
     policy = Policy(model, dtype=dtype, vocab_chunk=16)
     assert policy.packing_refused is None
-    packed, plain = policy(columns), plain_token_logprobs(model, columns)
+    packed, plain = policy(columns), plain_token_logprobs(model, columns)[0]
     torch.testing.assert_close(packed, plain, atol=tolerance, rtol=tolerance)
     expected = gradients(model, plain)
     for parameter, gradient in gradients(model, packed).items():

@@ -105,16 +105,17 @@ def test_a_generator_that_is_killed_is_replaced_and_nothing_changes(folder, fini
     """Killed between two waves and then found dead: its share is drawn again, with the same seeds and weights."""
     import ray
 
-    score, killed = Rollouts.score, []
+    sample, killed = Rollouts.sample, []
 
-    def kill_then_score(self, groups):
+    def sample_then_kill(self, prompts, draws):
+        drawn = sample(self, prompts, draws)
         if len(killed) < 2:
             actor = self._roles.generators.actors[len(killed)]
             killed.append(ray.get(actor.ready.remote()))
             os.kill(killed[-1], signal.SIGKILL)
-        return score(self, groups)
+        return drawn
 
-    monkeypatch.setattr(Rollouts, "score", kill_then_score)
+    monkeypatch.setattr(Rollouts, "sample", sample_then_kill)
     run_dir = tmp_path / "killed"
     assert do_run(folder, run_dir, pipeline__iterations=3) == 0
     assert len(killed) == 2

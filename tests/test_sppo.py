@@ -9,6 +9,7 @@ import torch
 from actors.judges.win_rates import win_matrix, win_rates
 from conf.compose import compose
 from conf.schema import LearnerConfig, LossConfig
+from learners.losses import LossState
 from learners.step import optimizer_step
 from orchestrator.batching import pack
 from orchestrator.types import Completion, FinishReason, PolicyVersion, PreferencePair, Prompt
@@ -84,7 +85,7 @@ def play(logits, *, start, eta, iterations, samples=256, seed=0):
         rates = win_rates(win_matrix(logits[np.ix_(drawn, drawn)]))[:3]
         batch = batch_of(rates, policy)
         for _ in range(6):
-            optimizer_step(policy, optimizer, batch, loss=loss, learner=learner, lr=0.6, version=0)
+            optimizer_step(policy, optimizer, batch, loss=loss, learner=learner, lr=0.6, version=0, state=LossState())
         history.append(policy.probabilities())
     return np.array(history)
 

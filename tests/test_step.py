@@ -79,7 +79,7 @@ def test_loss_is_what_the_formula_says_of_plain_logprobs(model_dir):
     trainer.reference.parameters["lm_head.weight"].mul_(1.1)
     pairs = make_pairs(3)
     batch = trainer.annotate(pack(pairs))
-    policy = plain_token_logprobs(trainer.policy.model, batch).detach().cpu().double().numpy()
+    policy = plain_token_logprobs(trainer.policy.model, batch)[0].detach().cpu().double().numpy()
     cuts = np.cumsum(batch.completion_lengths)[:-1]
     ours, anchors = (
         np.array([part.sum() for part in np.split(values, cuts)]) for values in (policy, batch.reference_logprobs)

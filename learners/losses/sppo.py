@@ -22,6 +22,34 @@ def sppo(inputs: LossInput, config: LossConfig) -> Tensor:
     Returns:
         [P]
     """
-    chosen = inputs.log_ratio_chosen - (inputs.score_chosen - 0.5) / config.beta
-    rejected = inputs.log_ratio_rejected - (inputs.score_rejected - 0.5) / config.beta
+    chosen = inputs.log_ratio_chosen - (inputs.score_chosen - 0.5) / inputs.beta
+    rejected = inputs.log_ratio_rejected - (inputs.score_rejected - 0.5) / inputs.beta
+    return (chosen.square() + rejected.square()) / 2
+
+
+def sppo_hard(inputs: LossInput, config: LossConfig) -> Tensor:
+    """(h_w - 1 / (2 beta))^2 + (h_l + 1 / (2 beta))^2: P_w = 1 and P_l = 0 whatever the scores, without the half.
+
+    The form that libraries call `sppo_hard`; for pairs without win probabilities.
+
+    Returns:
+        [P]
+    """
+    target = 1 / (2 * inputs.beta)
+    return (inputs.log_ratio_chosen - target).square() + (inputs.log_ratio_rejected + target).square()
+
+
+def gpo(inputs: LossInput, config: LossConfig) -> Tensor:
+    """1/2 [(h_w - s_w / beta)^2 + (h_l - s_l / beta)^2] with general preference scores s, one value a pair.
+
+    Zhang et al. 2024, "Beyond Bradley-Terry Models: A General Preference Model for Language Model Alignment"
+    (arXiv:2410.02197), the score form of its general preference optimization: s is a completion's mean score against
+    the other samples, times `loss.score_scale`.
+
+    Returns:
+        [P]
+    """
+    scale = config.score_scale / inputs.beta
+    chosen = inputs.log_ratio_chosen - scale * inputs.score_chosen
+    rejected = inputs.log_ratio_rejected - scale * inputs.score_rejected
     return (chosen.square() + rejected.square()) / 2
