@@ -189,6 +189,35 @@ class JudgeConfig:
 
 
 @dataclass(frozen=True)
+class SearchConfig:
+    """Step-level search instead of independent samples (kind=mcts)."""
+
+    kind: str = knob(
+        "none",
+        "none: generator.samples_per_prompt independent completions; mcts: a tree of steps for each prompt",
+        choices=("none", "mcts"),
+    )
+    simulations: int = knob(16, "rollouts, and visits of finished solutions, for each prompt", low=2)
+    max_tokens: int | None = knob(None, "a tree that has sampled so many tokens starts no rollout", low=1)
+    in_flight: int = knob(4, "rollouts of one tree that are under way at once", low=1)
+    breadth: int = knob(2, "rollouts started at each state; equal steps are one child", low=2)
+    depth: int | None = knob(None, "states so many steps down are not branched any more; None: all are", low=1)
+    separator: str = knob("\n", "text that ends a step")
+    exploration: float = knob(1.0, "w: weight of the prior in PUCT", low=0)
+    discount: float = knob(1.0, "gamma", low=0, high=1)
+    length_exponent: float = knob(1.25, "of the prior's length normalization", low=0)
+    states: str = knob(
+        "path", "where pairs are made: along the best path, or in the whole tree", choices=("path", "tree")
+    )
+    negative: str = knob("worst", "against the best step: the worst, or any other", choices=("worst", "random"))
+    min_gap: float = knob(0.0, "smallest difference of Q of a pair, in units of score", low=0)
+    max_pairs: int = knob(8, "pairs of one tree at most", low=1)
+    span: str = knob(
+        "step", "what is compared: the step with what always followed, or the whole rest", choices=("step", "rollout")
+    )
+
+
+@dataclass(frozen=True)
 class PairingConfig:
     """Which comparisons are made of a scored group."""
 
@@ -383,6 +412,7 @@ class Config:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     scorer: ScorerConfig = field(default_factory=ScorerConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     pairing: PairingConfig = field(default_factory=PairingConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 from launch.judges import Judges
 from launch.placement import start_ray, start_roles
 from launch.seeds import load_seeds
+from orchestrator.collecting import SampleCollector
 from orchestrator.context import Context
 from orchestrator.publisher import Publisher
 from orchestrator.remote import fetch
 from orchestrator.rollouts import Rollouts
+from orchestrator.searching import TreeCollector
 from orchestrator.store import Store
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
     from conf.schema import Config
     from launch.preflight import Inputs
+    from orchestrator.collecting import Collector
     from orchestrator.ledger import Ledger
     from orchestrator.rollouts import Roles
     from orchestrator.tracking import Tracker
@@ -42,17 +45,22 @@ def build_context(config: Config, inputs: Inputs, model_dir: Path, *, ledger: Le
     publisher = Publisher(roles, config.cluster.publish_deadline_s)
     judges = Judges(config, roles, inputs, publisher)
     judge = judges.judge()
+    rollouts, store = Rollouts(roles, config, tracker), Store(inputs.run_dir)
+    collector: Collector = SampleCollector(config, rollouts, judge, store)
+    if config.search.kind == "mcts":
+        collector = TreeCollector(config, rollouts, judge, store, inputs.tokenizer)
     return Context(
         config=config,
         run_dir=inputs.run_dir,
         roles=roles,
-        rollouts=Rollouts(roles, config, tracker),
+        rollouts=rollouts,
+        collector=collector,
         judge=judge,
         examiner=judges.examiner(judge),
         publisher=publisher,
         prompts=inputs.prompts,
         test_prompts=inputs.test_prompts,
-        store=Store(inputs.run_dir),
+        store=store,
         ledger=ledger,
         tracker=tracker,
     )

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from conf.schema import Config
+    from orchestrator.collecting import Collector
     from orchestrator.judging import Judge
     from orchestrator.ledger import Ledger
     from orchestrator.prompts import PromptStream
@@ -32,6 +33,8 @@ class Context:
     run_dir: Path
     roles: Roles
     rollouts: Rollouts
+    collector: Collector
+    """Makes the pairs of an iteration."""
     judge: Judge
     """Its word trains the policy."""
     examiner: Judge

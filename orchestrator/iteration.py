@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +25,8 @@ from orchestrator import batching, metrics
 from orchestrator.errors import DeadlineError
 from orchestrator.evaluation import evaluate
 from orchestrator.filters import filter_pairs
-from orchestrator.pairing import make_pairs
 from orchestrator.remote import fetch, fetch_with_progress
-from orchestrator.rollouts import Draw
 from orchestrator.summary import build_summary, write_summary
-from orchestrator.types import SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -81,32 +77,13 @@ class Iteration:
     def _collect(self) -> list[PreferencePair]:
         context, config = self._context, self._context.config
         prompts = context.prompts.take(config.pipeline.prompts_per_iteration)
-        generator = config.generator
-        draw = Draw(
-            purpose="rollout",
-            iteration=self._number,
-            num_samples=generator.samples_per_prompt,
-            sampling=SamplingParams(
-                temperature=generator.temperature,
-                top_p=generator.top_p,
-                max_tokens=generator.max_tokens,
-                stop=tuple(generator.stop),
-            ),
-        )
-        groups = context.rollouts.sample(prompts, [draw])[0]
-        scored = context.judge.score(groups)
-        context.store.write_rollouts(self._number, scored)
-        candidates: list[PreferencePair] = []
-        counts: Counter[str] = Counter()
-        for group in scored:
-            made, count = make_pairs(group, config.pairing, reference=self._reference)
-            candidates += made
-            counts.update(count.as_dict())
-        pairs, dropped = filter_pairs(candidates, config.filter)
+        collected = context.collector.collect(prompts, self._number, self._reference)
+        pairs, dropped = filter_pairs(collected.pairs, config.filter)
         context.store.write_pairs(self._number, pairs)
-        context.count_tokens(sum(len(c.token_ids) for group in groups for c in group.completions))
-        self._metrics |= metrics.rollout_metrics(scored) | context.judge.metrics()
-        self._metrics |= metrics.pair_metrics(pairs, counts, dropped)
+        context.count_tokens(collected.tokens)
+        self._metrics |= metrics.rollout_metrics(collected.scored) | context.judge.metrics()
+        self._metrics.update(collected.metrics)
+        self._metrics |= metrics.pair_metrics(pairs, collected.counts, dropped)
         context.tracker.pairs(pairs)
         return pairs
 

@@ -35,6 +35,12 @@ class PromptTokenizer(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a text."""
 
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
+        """Text of token ids."""
+
+    def __len__(self) -> int:
+        """Tokens of the vocabulary, those that were added included."""
+
     def apply_chat_template(self, conversation: list[dict[str, str]], **kwargs: Any) -> Any:
         """The text of a chat (`tokenize=False`)."""
 

@@ -95,28 +95,32 @@ class Rollouts:
 
     def sample(self, prompts: Sequence[Prompt], draws: Sequence[Draw]) -> list[list[RolloutGroup]]:
         """Completes all prompts for each draw, all in one wave; one list of groups a draw."""
-        config, pool = self._config.generator, self._roles.generators
         requests = [request for draw in draws for request in make_requests(prompts, draw, self._config.seed)]
-        before = self._generated()
-
-        def show() -> None:
-            completions, tokens = (now - then for now, then in zip(self._generated(), before, strict=True))
-            self._tracker.progress("collect", max(0, completions), len(requests), max(0, tokens))
-
-        completions = pool.map(
-            lambda actor, share: actor.generate.remote(share),
-            requests,
-            what=f"completing {len(requests)} requests ({draws[0].purpose}, iteration {draws[0].iteration})",
-            deadline_s=config.deadline_s,
-            knob="generator.deadline_s",
-            on_tick=show,
-        )
+        completions = self.complete(requests, f"{draws[0].purpose}, iteration {draws[0].iteration}")
         groups, start = [], 0
         for draw in draws:
             size = draw.num_samples * len(prompts)
             groups.append(make_groups(prompts, completions[start : start + size], draw, self._config.seed))
             start += size
         return groups
+
+    def complete(self, requests: Sequence[GenerationRequest], what: str) -> list[Completion]:
+        """Completes requests in their order, as one wave; `what` names it in messages."""
+        config, pool = self._config.generator, self._roles.generators
+        before = self._generated()
+
+        def show() -> None:
+            completions, tokens = (now - then for now, then in zip(self._generated(), before, strict=True))
+            self._tracker.progress("collect", max(0, completions), len(requests), max(0, tokens))
+
+        return pool.map(
+            lambda actor, share: actor.generate.remote(share),
+            requests,
+            what=f"completing {len(requests)} requests ({what})",
+            deadline_s=config.deadline_s,
+            knob="generator.deadline_s",
+            on_tick=show,
+        )
 
     def _generated(self) -> tuple[int, int]:
         """Completions and tokens made so far by the actors that answer now; only drawn on the screen."""

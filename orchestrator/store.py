@@ -2,6 +2,7 @@
 
     <run>/rollouts/iteration-0001.parquet    one row a completion, groups in order, with scores and abstentions
     <run>/pairs/iteration-0001.parquet       one row a pair, in the order in which they were made
+    <run>/trees/iteration-0001.parquet       one row a node of each searched tree, parents before children
 
 A file is whole or absent, and the same records give the same bytes. Every column says what it holds and in which unit
 in its field metadata (`pyarrow.parquet.read_schema(path).field(name).metadata`).
@@ -30,8 +31,10 @@ from orchestrator.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
+
+    from actors.search.tree import Node, Tree
 
 _TOKENS, _LOGPROBS = pa.list_(pa.int32()), pa.list_(pa.float64())
 _VERSION = "1"
@@ -98,6 +101,26 @@ PAIRS = _schema(
         _column("scorer", pa.string(), "name and version of the scorer"),
         _column("label", pa.float64(), "probability that the chosen completion is the better one"),
         _column("weight", pa.float64(), "multiplies the pair's loss"),
+        _column("chosen_token_weights", _LOGPROBS, "multiply the chosen's log-probs; null: all 1", nullable=True),
+        _column("rejected_token_weights", _LOGPROBS, "multiply the rejected's log-probs; null: all 1", nullable=True),
+    ],
+)
+TREES = _schema(
+    "tree",
+    [
+        _column("prompt_id", pa.string(), "unique within the task"),
+        _column("prompt_text", pa.string(), "the prompt as the model reads it"),
+        _column("node", pa.int32(), "counts from 0, the prompt itself, in each tree", "index"),
+        _column("parent", pa.int32(), "node of the state before the step; null for the prompt", "index", nullable=True),
+        _column("depth", pa.int32(), "steps from the prompt", "count"),
+        _column("text", pa.string(), "the step that leads here, decoded without special tokens"),
+        _column("token_ids", _TOKENS, "of the step", "token ids"),
+        _column("logprobs", _LOGPROBS, "of each token of the step under its data policy, T=1", "nats"),
+        _column("visits", pa.int32(), "N: simulations that went through", "count"),
+        _column("attempts", pa.int32(), "rollouts started here", "count"),
+        _column("value", pa.float64(), "v: of a finished solution its score, else 0", "scorer's own"),
+        _column("action_value", pa.float64(), "Q of the step that leads here", "scorer's own"),
+        _column("terminal", pa.bool_(), "whether a solution ends here"),
     ],
 )
 
@@ -128,6 +151,13 @@ class Store:
     def write_pairs(self, iteration: int, pairs: Sequence[PreferencePair]) -> Path:
         """Writes the pairs that are trained on; a file of an earlier attempt at the iteration is replaced."""
         return _write(self.pairs_path(iteration), [_pair_row(pair) for pair in pairs], PAIRS)
+
+    def write_trees(
+        self, iteration: int, trees: Sequence[tuple[Prompt, Tree]], decode: Callable[[Sequence[int]], str]
+    ) -> Path:
+        """Writes searched trees, to be looked at later; `decode` gives the text of token ids."""
+        rows = [_node_row(prompt, node, decode) for prompt, tree in trees for node in tree.nodes]
+        return _write(self.run_dir / "trees" / f"iteration-{iteration:04d}.parquet", rows, TREES)
 
 
 def read_rollouts(path: Path) -> list[ScoredGroup]:
@@ -194,7 +224,10 @@ def _rollout_rows(index: int, scored: ScoredGroup) -> list[dict[str, Any]]:
 
 
 def _pair_row(pair: PreferencePair) -> dict[str, Any]:
-    plain = ("id", "iteration", "chosen_score", "rejected_score", "scorer", "label", "weight")
+    plain = (
+        *("id", "iteration", "chosen_score", "rejected_score", "scorer", "label", "weight"),
+        *("chosen_token_weights", "rejected_token_weights"),
+    )
     return {
         **{name: getattr(pair, name) for name in plain},
         **_prompt_row(pair.prompt),
@@ -202,6 +235,20 @@ def _pair_row(pair: PreferencePair) -> dict[str, Any]:
         **_completion_row("rejected_", pair.rejected),
         "reference_number": pair.reference.number,
         "reference_digest": pair.reference.digest,
+    }
+
+
+def _node_row(prompt: Prompt, node: Node, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
+    tokens, logprobs = (node.step.tokens, node.step.logprobs) if node.step else ((), ())
+    plain = ("parent", "depth", "visits", "attempts", "value", "action_value", "terminal")
+    return {
+        **{name: getattr(node, name) for name in plain},
+        "prompt_id": prompt.id,
+        "prompt_text": prompt.text,
+        "node": node.index,
+        "text": decode(list(tokens)),
+        "token_ids": tokens,
+        "logprobs": logprobs,
     }
 
 
@@ -252,7 +299,13 @@ def _pair(row: dict[str, Any]) -> PreferencePair:
         scorer=row["scorer"],
         label=row["label"],
         weight=row["weight"],
+        chosen_token_weights=_optional(row["chosen_token_weights"]),
+        rejected_token_weights=_optional(row["rejected_token_weights"]),
     )
+
+
+def _optional(values: Sequence[float] | None) -> tuple[float, ...] | None:
+    return None if values is None else tuple(values)
 
 
 def _prompt(row: dict[str, Any]) -> Prompt:
