@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from conf.objectives import OBJECTIVES, needs_reference
 from orchestrator.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,7 +40,9 @@ def validate(config: Config) -> None:
 
 def problems(config: Config) -> list[Problem]:
     """Everything `validate` would refuse, in the order of its checks; one problem a key."""
-    found = [*_out_of_limits(config, ""), *_inputs(config), *_judging(config), *_sampling(config), *_devices(config)]
+    found = list(_out_of_limits(config, ""))
+    for check in (_inputs, _judging, _objective, _searching, _sampling, _devices):
+        found += check(config)
     return list({problem.key: problem for problem in reversed(found)}.values())[::-1]
 
 
@@ -127,6 +130,71 @@ def _judging(config: Config) -> Iterator[Problem]:
         yield Problem("scorer.kind", message)
 
 
+def _objective(config: Config) -> Iterator[Problem]:
+    """What the loss needs of labels, scores, reference and pairs."""
+    loss = config.loss
+    objective = OBJECTIVES.get(loss.name)
+    if objective is None:
+        return
+    if config.reference.kind == "none" and needs_reference(loss):
+        free = ", ".join(name for name, facts in OBJECTIVES.items() if not facts.reference)
+        message = (
+            f"reference.kind=none: the loss (loss.name={loss.name}) depends on a reference: choose previous, initial or"
+            f" ema, or one of the losses without: {free}"
+        )
+        yield Problem("reference.kind", message)
+    if objective.unit == "group" and (loss.labels != "hard" or loss.label_smoothing or loss.weighting != "none"):
+        key = (
+            "loss.labels"
+            if loss.labels != "hard"
+            else "loss.label_smoothing"
+            if loss.label_smoothing
+            else "loss.weighting"
+        )
+        yield Problem(
+            key, f"{key}: of pairs, but loss.name={loss.name} compares all completions of a prompt: leave it out"
+        )
+    if loss.labels == "robust" and loss.label_smoothing == 0.5:
+        yield Problem("loss.label_smoothing", "loss.label_smoothing=0.5: labels=robust divides by 1 - 2 eps: lower it")
+    if loss.labels in ("posterior", "denoised") and not loss.label_smoothing:
+        message = (
+            f"loss.label_smoothing=0: loss.labels={loss.labels} needs a share of wrong labels to begin with: set 0.1"
+        )
+        yield Problem("loss.label_smoothing", message)
+    compares = config.scorer.kind in ("preference_model", "ensemble") or (
+        config.scorer.kind == "llm_judge" and config.judge.style == "pairwise"
+    )
+    if loss.name == "sppo" and not compares and config.scorer.kind != "verifier":
+        message = (
+            f"loss.name=sppo: regresses to win probabilities, which scorer.kind={config.scorer.kind} does not give:"
+            " choose scorer=preference_model, a pairwise llm_judge, or loss=sppo_hard"
+        )
+        yield Problem("loss.name", message)
+
+
+def _searching(config: Config) -> Iterator[Problem]:
+    """What a tree search needs of its judge and of the loss."""
+    if config.search.kind == "none":
+        return
+    if not config.search.separator:
+        yield Problem(
+            "search.separator", "search.separator: is empty: give the text that ends a step, such as a newline"
+        )
+    compares = {"preference_model", "majority", "ensemble"}
+    if config.scorer.kind in compares or (config.scorer.kind == "llm_judge" and config.judge.style == "pairwise"):
+        message = (
+            f"scorer.kind={config.scorer.kind}: says how one completion stands among others, but a search compares"
+            " the scores of rollouts from different states: choose a scorer that judges each by itself"
+        )
+        yield Problem("scorer.kind", message)
+    objective = OBJECTIVES.get(config.loss.name)
+    if objective is not None and objective.unit == "group":
+        message = (
+            f"loss.name={config.loss.name}: compares all completions of a prompt, but a search makes pairs of steps"
+        )
+        yield Problem("loss.name", message)
+
+
 def _sampling(config: Config) -> Iterator[Problem]:
     """Lengths, groups and pairs."""
     generator, pairing = config.generator, config.pairing
@@ -146,7 +214,7 @@ def _sampling(config: Config) -> Iterator[Problem]:
         )
         yield Problem("generator.max_tokens", message)
     most = generator.samples_per_prompt // 2
-    if pairing.policy == "best_worst" and pairing.max_pairs > most >= 1:
+    if config.search.kind == "none" and pairing.policy == "best_worst" and pairing.max_pairs > most >= 1:
         message = (
             f"pairing.max_pairs={pairing.max_pairs}: best_worst uses each completion once, so"
             f" generator.samples_per_prompt={generator.samples_per_prompt} give at most {most}"

@@ -1,0 +1,295 @@
+"""The collect stage: what reaches the pairs and what must not, with real judges, trees and files."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from actors.judges.llm_judge import build_llm_judge
+from conf.compose import compose
+from conf.schema import JudgeConfig
+from launch.judges import Judges
+from launch.tiny import make_tokenizer
+from orchestrator.collecting import SampleCollector
+from orchestrator.errors import JudgeError
+from orchestrator.rollouts import Roles, Rollouts
+from orchestrator.searching import TreeCollector
+from orchestrator.store import Store, read_pairs, read_rollouts
+from orchestrator.tasks.addition import AdditionTask
+from orchestrator.types import Completion, FinishReason, Prompt, Score, ScoredGroup
+from tests.judges import ScriptedModel
+from tests.records import V0, V1
+
+TOKENIZER = make_tokenizer(128)
+
+
+class Pool:
+    """A pool whose one actor runs here; what it was asked is kept."""
+
+    def __init__(self, **methods):
+        self.asked = []
+        self.actors = [SimpleNamespace(**{name: SimpleNamespace(remote=method) for name, method in methods.items()})]
+
+    def map(self, call, work, **_):
+        self.asked += work
+        return call(self.actors[0], list(work))
+
+
+class Quiet:
+    """A tracker that shows nothing."""
+
+    def progress(self, *_):
+        pass
+
+
+def adding(mistakes=0.3):
+    """Generates solutions of addition problems, each line wrong with some probability, from wherever they were left."""
+
+    def generate(requests):
+        return [answer(request) for request in requests]
+
+    def answer(request):
+        lots = random.Random(request.seed)
+        text = TOKENIZER.decode(list(request.prompt_token_ids), skip_special_tokens=True)
+        problem, _, begun = text.partition("\n")
+        a, b = map(int, problem.split("+"))
+        carry, lines = 0, []
+        for place in range(4):
+            x, y = a // 10**place % 10, b // 10**place % 10
+            total = x + y + carry + (lots.random() < mistakes)
+            lines.append(f"{x}+{y}+{carry}={total:02d}\n")
+            carry = total // 10
+        whole = "".join(lines) + f"#{a + b + 10 * (lots.random() < mistakes):05d}"
+        rest = whole[len(begun) :]
+        tokens = [*TOKENIZER.encode(rest, add_special_tokens=False), TOKENIZER.eos_token_id]
+        return Completion(
+            token_ids=tuple(tokens[: request.sampling.max_tokens]),
+            text=rest,
+            logprobs=(-0.5,) * len(tokens[: request.sampling.max_tokens]),
+            finish_reason=FinishReason.EOS if len(tokens) <= request.sampling.max_tokens else FinishReason.LENGTH,
+            policy=V1,
+        )
+
+    return generate
+
+
+def problems(count, answer=None):
+    chosen = AdditionTask().tuning(count)
+    return [
+        Prompt(
+            id=problem.id,
+            text=problem.content,
+            token_ids=tuple(TOKENIZER(problem.content).input_ids),
+            answer=answer or problem.answer,
+        )
+        for problem in chosen
+    ]
+
+
+class Checking:
+    """A judge that knows the answers; some of its words may be missing."""
+
+    name = "checking@1"
+
+    def __init__(self, silent=0.0):
+        self.silent, self.waves = silent, []
+
+    def score(self, groups):
+        self.waves.append(sum(len(group.completions) for group in groups))
+        return [ScoredGroup(group=group, scores=self.scores(group), scorer=self.name) for group in groups]
+
+    def scores(self, group):
+        found = []
+        for completion in group.completions:
+            right = completion.text.endswith(f"#{group.prompt.answer}")
+            silent = random.Random(completion.text).random() < self.silent
+            found.append(Score(value=None, reason="silent") if silent else Score(value=float(right)))
+        return tuple(found)
+
+    def metrics(self):
+        return {}
+
+
+def rollouts_of(config, **methods):
+    pool = Pool(generated=lambda: (0, 0), **methods)
+    roles = Roles(generators=pool, scorers={}, judges=None, learner=None, queue=None)
+    return Rollouts(roles, config, Quiet()), roles
+
+
+@pytest.fixture(autouse=True)
+def _answers_are_here(monkeypatch):
+    monkeypatch.setattr("orchestrator.rollouts.ray.get", lambda value, timeout=None: value)
+
+
+# Independent samples
+
+
+def script(garbage, seed=0):
+    """Points by how many `#` digits are right, and nothing that can be read in some of the replies."""
+    lots = random.Random(seed)
+
+    def reply(blocks, seed):
+        if lots.random() < garbage:
+            return lots.choice(["Score: many", "", "I would say five", "Score: 9", "Ignore this. Score 5"])
+        return f"It holds {len(set(blocks[-1]))} signs.\nScore: {len(set(blocks[-1])) % 6}"
+
+    return ScriptedModel(reply=reply)
+
+
+def test_a_judge_of_which_a_third_is_garbage_trains_on_no_invented_label(tmp_path):
+    config = compose(["generator.samples_per_prompt=4"])
+    rollouts, _ = rollouts_of(config, generate=adding())
+    settings = JudgeConfig(votes=2, max_tokens=64)
+    judge = build_llm_judge(settings, script(0.3), seed=0)
+    collected = SampleCollector(config, rollouts, judge, Store(tmp_path)).collect(problems(40), 1, V0)
+    failed = judge.metrics()["judge/parse_failure_fraction"]
+    assert 0.2 < failed < 0.4
+    known = {}
+    for group in read_rollouts(tmp_path / "rollouts" / "iteration-0001.parquet"):
+        for index, (completion, score) in enumerate(zip(group.group.completions, group.scores, strict=True)):
+            # Both votes of one completion say the same, so that whatever was understood is exactly this.
+            assert score.value in (None, len(set(completion.text)) % 6)
+            known[group.group.prompt.id, index] = score.value
+    assert 0 < sum(value is None for value in known.values()) == collected.counts["abstentions"]
+    assert collected.pairs
+    for pair in collected.pairs:
+        assert pair.chosen_score == len(set(pair.chosen.text)) % 6 > pair.rejected_score
+        assert pair.rejected_score == len(set(pair.rejected.text)) % 6
+
+
+def test_a_judge_that_never_answers_stops_the_run_with_the_reason(tmp_path):
+    config = compose(["generator.samples_per_prompt=4"])
+    rollouts, _ = rollouts_of(config, generate=adding())
+    judge = build_llm_judge(JudgeConfig(votes=1, max_failed_fraction=0.9), script(1.0), seed=0)
+    with pytest.raises(JudgeError, match=r"gave no verdict in 32 of 32 .*max_failed_fraction=0\.9.*Mend the rubric"):
+        SampleCollector(config, rollouts, judge, Store(tmp_path)).collect(problems(8), 1, V0)
+    assert not (tmp_path / "rollouts").exists()
+
+
+def unreachable(*_):
+    raise AssertionError("the verifier was asked")
+
+
+def test_self_rewarding_trains_without_any_verifier(tmp_path):
+    """The pairs of a self-rewarding iteration come about where every call of a verifier raises, and are the same
+    whatever the reference answers are. The verifier of its evaluation is that one, and raises."""
+    config = compose(["recipe=self_rewarding", "generator.samples_per_prompt=4"])
+
+    def likes(sequence):
+        """Log-probs of a policy to which odd sums of token ids are likely."""
+        return np.where(np.cumsum(sequence)[1:] % 2, -0.1, -2.0).astype(np.float32)
+
+    made = []
+    for name, answer in (("known", None), ("wrong", "00000"), ("none", "")):
+        rollouts, roles = rollouts_of(
+            config,
+            generate=adding(),
+            score=lambda sequences: list(map(likes, sequences)),
+        )
+        verifier = Pool(score=unreachable)
+        roles = replace(roles, scorers={"verifier": verifier})
+        judges = Judges(
+            config, roles, SimpleNamespace(tokenizer=TOKENIZER), SimpleNamespace(version=V1)
+        )  # fmt: skip
+        judge = judges.judge()
+        prompts = [replace(prompt, answer=answer if answer != "" else None) for prompt in problems(20, answer or None)]
+        collected = SampleCollector(config, rollouts, judge, Store(tmp_path / name)).collect(prompts, 1, V0)
+        assert verifier.asked == []
+        assert collected.pairs
+        made.append([(pair.id, pair.chosen, pair.rejected, pair.chosen_score) for pair in collected.pairs])
+        with pytest.raises(AssertionError, match="the verifier was asked"):
+            judges.examiner(judge).score([group.group for group in collected.scored])
+    assert made[0] == made[1] == made[2]
+
+
+# Trees
+
+
+def search(tmp_path, judge, *overrides, count=6):
+    config = compose(["recipe=mcts_dpo", "search.states=tree", "search.min_gap=0", *overrides])
+    rollouts, roles = rollouts_of(config, generate=adding())
+    collector = TreeCollector(config, rollouts, judge, Store(tmp_path), TOKENIZER)
+    return config, roles.generators, collector.collect(problems(count), 1, V0)
+
+
+def test_trees_become_pairs_of_steps_from_one_state(tmp_path):
+    judge = Checking()
+    _, pool, collected = search(tmp_path, judge, "search.simulations=24", "search.in_flight=4")
+    assert collected.pairs
+    prompts = {prompt.id: prompt for prompt in problems(6)}
+    for pair in collected.pairs:
+        prompt = prompts[pair.prompt.id.split("#")[0]]
+        assert pair.prompt.token_ids[: len(prompt.token_ids)] == prompt.token_ids
+        assert pair.prompt.text == TOKENIZER.decode(list(pair.prompt.token_ids), skip_special_tokens=True)
+        assert pair.prompt.text.endswith("\n"), "a state lies between steps"
+        assert pair.chosen.token_ids[0:] != pair.rejected.token_ids
+        for side in (pair.chosen, pair.rejected):
+            assert side.text == TOKENIZER.decode(list(side.token_ids), skip_special_tokens=True)
+            assert len(side.logprobs) == len(side.token_ids)
+            ended = side.token_ids[-1] == TOKENIZER.eos_token_id
+            assert side.finish_reason == (FinishReason.EOS if ended else FinishReason.STOP)
+        assert pair.chosen_score > pair.rejected_score
+        assert 0.5 <= pair.label < 1
+    assert read_pairs(Store(tmp_path).write_pairs(1, collected.pairs)) == collected.pairs
+    assert collected.tokens == sum(len(TOKENIZER.encode(adding()([request])[0].text)) for request in pool.asked)
+    assert collected.metrics["search/waves"] == len(judge.waves)
+    assert judge.waves[0] == 6 * 2, "breadth at the root"
+    assert max(judge.waves) <= 6 * 4
+    assert (
+        len(pool.asked) == sum(judge.waves) == len([c for group in collected.scored for c in group.group.completions])
+    )
+
+
+def test_every_rollout_and_every_node_is_kept(tmp_path):
+    _, _, collected = search(tmp_path, Checking(), "search.simulations=12")
+    assert read_rollouts(tmp_path / "rollouts" / "iteration-0001.parquet") == collected.scored
+    for group in collected.scored:
+        for completion, score in zip(group.group.completions, group.scores, strict=True):
+            right = completion.text.endswith(f"#{group.group.prompt.answer}")
+            assert score.value == right, "the judge saw the whole solution"
+    rows = pq.read_table(tmp_path / "trees" / "iteration-0001.parquet").to_pylist()
+    assert len({row["prompt_id"] for row in rows}) == 6
+    for row in rows:
+        assert row["text"] == TOKENIZER.decode(row["token_ids"], skip_special_tokens=True)
+        assert (row["parent"] is None) == (row["node"] == 0) == (row["depth"] == 0)
+        assert row["terminal"] == ("#" in row["text"] or row["value"] != 0)
+
+
+def test_a_rollout_without_a_score_leaves_no_node(tmp_path):
+    _, _, collected = search(tmp_path, Checking(silent=0.4), "search.simulations=12")
+    rows = pq.read_table(tmp_path / "trees" / "iteration-0001.parquet").to_pylist()
+    scored = {
+        c.text
+        for g in collected.scored
+        for c, s in zip(g.group.completions, g.scores, strict=True)
+        if s.value is not None
+    }
+    silent = sum(score.value is None for group in collected.scored for score in group.scores)
+    assert silent == collected.counts["abstentions"] > 0
+    parents = {(row["prompt_id"], row["node"]): row for row in rows}
+    for row in rows:
+        if row["terminal"]:
+            text, on = "", row
+            while on["parent"] is not None:
+                text, on = on["text"] + text, parents[row["prompt_id"], on["parent"]]
+            assert text in scored
+
+
+def test_the_same_seed_searches_the_same_trees(tmp_path):
+    _, _, first = search(tmp_path / "a", Checking())
+    _, _, second = search(tmp_path / "b", Checking())
+    assert first.pairs == second.pairs
+    for folder in ("rollouts", "trees"):
+        name = f"{folder}/iteration-0001.parquet"
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_token_budget_ends_a_search(tmp_path):
+    _, _, collected = search(tmp_path, Checking(), "search.simulations=1000", "search.max_tokens=200")
+    # What was out when the budget ended: at most 4 rollouts of at most 43 tokens.
+    assert 200 <= collected.metrics["search/tokens_mean"] < 200 + 4 * 43
