@@ -397,6 +397,11 @@ class EvaluationConfig:
         "which then grades itself",
         choices=("verifier", "judge"),
     )
+    anchors: int = knob(
+        32,
+        "test problems with four answers each on which the judge is measured against the verifier; 0: off",
+        low=0,
+    )
     kl_prompts: int = knob(64, "completions on which KL to the initial model is estimated; 0: off", low=0)
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from statistics import NormalDist, fmean, pstdev
 from typing import TYPE_CHECKING
 
+from actors.judges.reliability import truth_figures
 from orchestrator.metrics import Accuracy, wilson_interval
 from orchestrator.rollouts import Draw
 from orchestrator.types import SamplingParams
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from orchestrator.types import Completion, Prompt, ScoredGroup
 
 _Z95 = NormalDist().inv_cdf(0.975)
+ANSWERS = 4
+"""Completions of each anchor, so that most have right and wrong ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +68,33 @@ def evaluate(
         tokens=sum(len(group.completions[0].token_ids) for group in greedy + sampled),
         sampled_completions=tuple((group.prompt, group.completions[0]) for group in sampled),
     )
+
+
+def anchor_figures(
+    rollouts: Rollouts, judge: Judge, examiner: Judge, prompts: Sequence[Prompt], config: Config, iteration: int
+) -> dict[str, float]:
+    """How good the judge is where the truth is known: both judges score the same answers to held-out problems.
+
+    What comes of it is reported and trains nothing.
+
+    Returns:
+        `judge/accuracy` and `judge/calibration_error`; empty where no answers differ in truth.
+    """
+    draw = Draw(
+        purpose="anchor",
+        iteration=iteration,
+        num_samples=ANSWERS,
+        sampling=SamplingParams(
+            temperature=config.generator.temperature,
+            top_p=config.generator.top_p,
+            max_tokens=config.generator.max_tokens,
+            stop=tuple(config.generator.stop),
+        ),
+    )
+    (groups,) = rollouts.sample(prompts[: config.evaluation.anchors], [draw])
+    found = truth_figures(judge.score(groups), examiner.score(groups))
+    judge.metrics()  # which are of the training data: those of the anchors are dropped
+    return found
 
 
 def accuracy(scored: Sequence[ScoredGroup]) -> Accuracy:

@@ -23,7 +23,7 @@ import ray
 from conf.objectives import OBJECTIVES
 from orchestrator import batching, metrics
 from orchestrator.errors import DeadlineError
-from orchestrator.evaluation import evaluate
+from orchestrator.evaluation import anchor_figures, evaluate
 from orchestrator.filters import filter_pairs
 from orchestrator.remote import fetch, fetch_with_progress
 from orchestrator.summary import build_summary, write_summary
@@ -154,6 +154,10 @@ class Iteration:
         evaluation = evaluate(context.rollouts, context.examiner, prompts, config, self._number)
         context.count_tokens(evaluation.tokens)
         self._metrics |= evaluation.metrics()
+        if config.evaluation.anchors and config.evaluation.scorer == "verifier" and config.scorer.kind != "verifier":
+            self._metrics |= anchor_figures(
+                context.rollouts, context.judge, context.examiner, context.test_prompts, config, self._number
+            )
         samples = evaluation.sampled_completions[: config.evaluation.kl_prompts]
         if samples and config.evaluation.temperature == 1:
             # Completions drawn at another temperature do not come from the policy whose KL is asked for.

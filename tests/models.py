@@ -58,7 +58,7 @@ def make_config(kind: str, vocab_size: int) -> LlamaConfig | Qwen3Config | GPT2C
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "head_dim": 32,
-        "max_position_embeddings": 4 * CONTEXT,
+        "max_position_embeddings": 16 * CONTEXT,
         "initializer_range": 0.2,
         "tie_word_embeddings": kind == "llama_tied",
     }

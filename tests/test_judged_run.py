@@ -1,0 +1,57 @@
+"""Real runs whose judge is a language model: the policy itself, which has no idea, and no reference answers at all."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from orchestrator.store import read_pairs, read_rollouts
+from tests.runs import do_run
+
+RUBRIC = "{question}{answer}Which mark?\n"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rows = [{"id": f"q{i}", "prompt": [{"role": "user", "content": f"Is {i} odd?"}]} for i in range(24)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "rubric.txt").write_text(RUBRIC)
+    return tmp_path
+
+
+def judged(folder, name, **more):
+    settings = {
+        "recipe": "self_rewarding",
+        "task__answer_field": "null",
+        "scorer__verifier": "final_answer",
+        "scorer__function": "null",
+        "evaluation__scorer": "judge",
+        "judge__rubric": folder / "rubric.txt",
+        "model__max_length": 700,
+        "pipeline__iterations": 1,
+    }
+    return do_run(folder, folder / name, kind="qwen3", **settings | more)
+
+
+def test_a_policy_that_judges_itself_needs_no_answers(folder):
+    """Verdicts by probability: every completion gets points, and no actor of the run could verify anything."""
+    assert judged(folder, "run", judge__verdict="probability") == 0
+    run_dir = folder / "run"
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    groups = read_rollouts(run_dir / "rollouts" / "iteration-0001.parquet")
+    assert all(group.group.prompt.answer is None for group in groups)
+    assert all(group.scorer.startswith("llm_judge") and "v0" in group.scorer for group in groups), "iteration start"
+    scores = [score.value for group in groups for score in group.scores]
+    assert all(value is None or 0 <= value <= 5 for value in scores)
+    assert len({value for value in scores if value is not None}) > 10
+    assert read_pairs(run_dir / "pairs" / "iteration-0001.parquet")
+
+
+def test_a_policy_that_cannot_say_a_verdict_stops_with_the_reason(folder, capsys):
+    assert judged(folder, "run", judge__max_tokens=8) == 1
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    assert summary["status"] == "failed"
+    assert "gave no verdict in" in summary["error"] if "error" in summary else True
+    assert "judge.max_failed_fraction=0.95" in capsys.readouterr().err
