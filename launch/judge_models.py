@@ -1,6 +1,7 @@
 """The trained judge of a run: the folder the user named, or a tiny one that is made and cached here.
 
     tiny policy --samples--> answers to demonstration problems --verifier, once--> pairs --train--> preference model
+                             solutions with slips and without ------------------->
 
 The labels stand in for a person's: a run with `scorer.kind=preference_model` never asks the verifier about what it
 trains on. The problems are of a split that no run trains or tests on.
@@ -14,6 +15,7 @@ import tempfile
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -44,8 +46,14 @@ LOWEST_ACCURACY = 0.85
 class TinyJudgeConfig:
     """How the tiny judge is made."""
 
-    problems: int = 1024
+    problems: int = 768
+    """Problems that the policy answers."""
     samples: int = 8
+    flawed: int = 1024
+    """Problems more whose right solution stands against `samples` solutions with slips: what the policy does not do
+    wrong today it may be taught to do by a judge that never saw it."""
+    slips: float = 0.25
+    """Share of flawed lines in those."""
     held_out: float = 0.1
     lr: float = 3e-4
     batch_prompts: int = 16
@@ -139,7 +147,7 @@ def make_tiny_judge(head: HeadConfig, config: Config, model_dir: Path, out: Path
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        pairs = sample_pairs(config, model_dir)
+        pairs = sample_pairs(config, model_dir) + flawed_pairs(config)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             model, encoder = new_model(model_dir, head, max_length=config.model.max_length)
@@ -186,6 +194,27 @@ def sample_pairs(config: Config, model_dir: Path) -> list[LabelledPair]:
             for chosen, rejected in product(right, wrong)
         ]
     return pairs
+
+
+def flawed_pairs(config: Config) -> list[LabelledPair]:
+    """Right solutions against ones with slips, of demonstration problems."""
+    from learners.preference.data import Answer, LabelledPair
+
+    task, seed = AdditionTask(digits=config.task.digits), derive_seed(config.seed, "flawed pairs")
+    random, pairs = Random(seed), []
+    for problem, solution in task.demonstrations(TINY.flawed, seed):
+        a, b = map(int, str(problem.content).split("+"))
+        flawed = {_flawed(a, b, task.digits, random) for _ in range(TINY.samples)} - {solution}
+        pairs += [
+            LabelledPair(prompt=str(problem.content), chosen=Answer(text=solution), rejected=Answer(text=text))
+            for text in sorted(flawed)
+        ]
+    return pairs
+
+
+def _flawed(a: int, b: int, digits: int, random: Random) -> str:
+    steps = addition.flawed_solution(a, b, digits, rate=TINY.slips, random=random)
+    return "\n".join(step.line for step in steps)
 
 
 def _head(kind: str) -> HeadConfig:

@@ -30,7 +30,7 @@ from learners.preference.records import Comparison, Group
 from learners.preference.training import TrainingConfig, measure, train
 from orchestrator.errors import AgonError, ConfigError, DataError, ModelError
 from orchestrator.store import Store
-from orchestrator.tasks.addition import AdditionTask
+from orchestrator.tasks.addition import AdditionTask, worked_solution
 from orchestrator.types import Completion, FinishReason, PolicyVersion, Prompt, RolloutGroup
 from tests.learning import make_pairs
 from tests.models import make_model
@@ -476,6 +476,7 @@ def tiny_run(tmp_path, monkeypatch):
     warm_start.save(make_tiny(config.model), make_tokenizer(config.model.max_length), policy)
     pairs = [pair(f"{i:04d}+0000\n", "1+1", "2+2") for i in range(200)]
     monkeypatch.setattr(judge_models, "sample_pairs", lambda *_: pairs)
+    monkeypatch.setattr(judge_models, "flawed_pairs", lambda *_: [])
     monkeypatch.setattr(judge_models, "TINY", replace(judge_models.TINY, lr=1e-2))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return config, policy
@@ -533,3 +534,15 @@ def test_the_pairs_of_a_tiny_judge_are_right_against_wrong_and_of_no_other_split
         assert task.split_of(a, b) == "demonstrations"
         assert found.chosen == Answer(text=f"#{a + b:05d}")
         assert found.rejected in (Answer(text=f"#{a + b:05d}", ended=False), Answer(text="#0"))
+
+
+def test_flawed_pairs_set_the_right_solution_against_slips(monkeypatch):
+    config, task = compose(["scorer=preference_model"]), AdditionTask()
+    monkeypatch.setattr(judge_models, "TINY", replace(judge_models.TINY, flawed=20, samples=4, slips=0.3))
+    pairs = judge_models.flawed_pairs(config)
+    assert pairs == judge_models.flawed_pairs(config)
+    assert 40 < len(pairs) <= 80
+    for found in pairs:
+        a, b = map(int, found.prompt.strip().split("+"))
+        assert task.split_of(a, b) == "demonstrations"
+        assert found.chosen.text == worked_solution(a, b, 4) != found.rejected.text
