@@ -19,6 +19,7 @@ from conf.validate import validate
 from launch.machines import existing_parent, this_machine
 from launch.model_files import find_model, inspect_model, tiny_shape
 from launch.resources import check_resources
+from launch.seeds import load_seeds
 from launch.tokenizers import load_tokenizer
 from orchestrator.errors import ConfigError, DataError, ModelError, UserError
 from orchestrator.prompts import PromptStream, Renderer, fitting
@@ -93,6 +94,8 @@ def preflight(config: Config, *, resume: Path | None = None, machine: Machine | 
     assert task is not None
     assert model is not None
     tokenizer = _load_tokenizer(config, *model)
+    if config.learner.replay_path is not None and config.learner.replay_sequences:
+        load_seeds(config, model[0] or run_dir, tokenizer)
     prompts, test_prompts = _prompts(config, task, tokenizer)
     return Inputs(
         run_dir=run_dir,

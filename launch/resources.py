@@ -10,7 +10,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from conf.validate import has_own_judge, pooled_kinds
 from launch import machines
+from launch.judge_models import TRAINED_KINDS
+from launch.model_files import find_model, inspect_model
 from orchestrator.errors import ResourceError
 
 if TYPE_CHECKING:
@@ -49,7 +52,7 @@ class Need:
 
 def memory_plan(config: Config, shape: ModelShape) -> list[Need]:
     """Peak memory of every part of a run, bytes, in host memory and on GPUs."""
-    generator, scorers = config.generator, config.scorer.num_actors
+    generator = config.generator
     engines, on_gpu = generator.num_actors, generator.gpus_per_actor > 0
     smaller_cache = "generator.max_num_seqs" if generator.kind == "transformers" else "generator.kv_cache_mb"
     store = config.cluster.object_store_mb * MIB
@@ -57,7 +60,8 @@ def memory_plan(config: Config, shape: ModelShape) -> list[Need]:
         Need(role="ray", what="Ray: processes", bytes=RAY_OVERHEAD),
         Need(role="ray", what="Ray: object store", bytes=store, keys=("cluster.object_store_mb",)),
         Need(role="controller", what="controller: process", bytes=CONTROLLER_OVERHEAD),
-        Need(role="scorer", what=f"{scorers} x scorer: process", bytes=scorers * SCORER_OVERHEAD),
+        *_scorers(config),
+        *_judge_engines(config, shape),
         Need(
             role="generator",
             what=f"{engines} x generator: process",
@@ -82,10 +86,56 @@ def memory_plan(config: Config, shape: ModelShape) -> list[Need]:
     ]
 
 
+def _scorers(config: Config) -> list[Need]:
+    """Actors of each pooled kind; a trained model brings torch and its weights along."""
+    count, needs = config.scorer.num_actors, []
+    for kind in pooled_kinds(config):
+        trained = kind in TRAINED_KINDS
+        each = (LEARNER_OVERHEAD if trained else SCORER_OVERHEAD) + (_judge_bytes(config) if trained else 0)
+        name = "scorer" if kind == "verifier" else kind
+        needs.append(
+            Need(role="scorer", what=f"{count} x {name}: process", bytes=count * each, keys=("scorer.num_actors",))
+        )
+    return needs
+
+
+def _judge_bytes(config: Config) -> int:
+    """fp32 weights of the judge's own model; a tiny one is made when there is none."""
+    if config.judge.model is None:
+        return 0
+    return inspect_model(find_model(config.judge.model, "judge.model")).num_parameters * 4
+
+
+def _judge_engines(config: Config, shape: ModelShape) -> list[Need]:
+    """Engines of a judge's own."""
+    if not has_own_judge(config):
+        return []
+    if config.judge.model is not None:
+        shape = inspect_model(find_model(config.judge.model, "judge.model"))
+    count, kind, dtype = config.judge.num_actors, config.generator.kind, config.model.dtype
+    size = shape.num_parameters * BYTES[dtype] + _kv_cache(config, shape)
+    on_gpu = config.judge.gpus_per_actor > 0
+    return [
+        Need(
+            role="judge",
+            what=f"{count} x judge: process",
+            bytes=count * ENGINE_OVERHEAD[kind],
+            keys=("judge.num_actors",),
+        ),
+        Need(
+            role="judge",
+            what=f"{count} x judge: weights in {dtype} and KV cache",
+            bytes=count * size,
+            keys=("judge.num_actors", "judge.engine=policy"),
+            on_gpu=on_gpu,
+        ),
+    ]
+
+
 def _learner(config: Config, shape: ModelShape) -> list[Need]:
     learner, on_gpu = config.learner, config.learner.gpus > 0
     initial_too = config.evaluation.kl_prompts > 0 and config.reference.kind != "initial"
-    snapshots = 2 if initial_too else 1
+    snapshots = (config.reference.kind != "none") + initial_too
     cast = 2 if config.model.dtype == "bfloat16" else 0
     tokens = min(learner.micro_batch_tokens, 2 * learner.batch_pairs * config.model.max_length)
     saved = 8 * shape.hidden_size + 3 * shape.intermediate_size
@@ -145,8 +195,10 @@ def disk_plan(config: Config, shape: ModelShape) -> list[Need]:
     """What the run folder will hold at most, bytes."""
     pipeline, generator = config.pipeline, config.generator
     kept = min(pipeline.keep_checkpoints, pipeline.iterations) + 1  # the new one is whole before an old one goes
-    checkpoint = shape.num_parameters * (12 if config.reference.kind == "initial" else 16)
-    completions = pipeline.iterations * pipeline.prompts_per_iteration * generator.samples_per_prompt
+    checkpoint = shape.num_parameters * (12 if config.reference.kind in ("initial", "none") else 16)
+    searched = config.search.kind != "none"
+    samples = config.search.simulations if searched else generator.samples_per_prompt
+    completions = pipeline.iterations * pipeline.prompts_per_iteration * samples * (2 if searched else 1)  # and trees
     rollouts = completions * generator.max_tokens * ROLLOUT_BYTES_PER_TOKEN
     return [
         Need(

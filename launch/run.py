@@ -83,8 +83,14 @@ def _with_absolute_paths(config: Config) -> Config:
 
     model = replace(config.model, path=whole(config.model.path))
     task = replace(config.task, path=whole(config.task.path), test_path=whole(config.task.test_path))
-    judge = replace(config.judge, model=whole(config.judge.model))
-    return replace(config, model=model, task=task, judge=judge)
+    judge = replace(
+        config.judge,
+        model=whole(config.judge.model),
+        rubric=whole(config.judge.rubric),
+        principles=whole(config.judge.principles),
+    )
+    learner = replace(config.learner, replay_path=whole(config.learner.replay_path))
+    return replace(config, model=model, task=task, judge=judge, learner=learner)
 
 
 def _lasting(config: Config) -> dict[str, Any]:
@@ -98,9 +104,10 @@ def _lasting(config: Config) -> dict[str, Any]:
 
 
 def _identity(config: Config) -> str:
-    """Of the lasting settings and of the prompt files: other prompts under the same name make another run."""
+    """Of the lasting settings and of the files they name: other prompts under the same name make another run."""
     digest = hashlib.sha256(json.dumps(_lasting(config)).encode())
-    for path in (config.task.path, config.task.test_path):
+    task, judge = config.task, config.judge
+    for path in (task.path, task.test_path, judge.rubric, judge.principles, config.learner.replay_path):
         if path is not None:
             digest.update(Path(path).read_bytes())
     return digest.hexdigest()[:16]

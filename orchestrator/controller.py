@@ -65,12 +65,13 @@ class Controller:
                 raise AgonError(f"{empty} iterations in a row made no pair. {self._why_no_pairs(outcome.metrics)}")
 
     def _why_no_pairs(self, metrics: Mapping[str, float]) -> str:
-        score = metrics.get("rollout/score_mean", math.nan)
+        score, scorer = metrics.get("rollout/score_mean", math.nan), self._context.config.scorer
+        judge = f"scorer.verifier={scorer.verifier}" if scorer.kind == "verifier" else f"scorer.kind={scorer.kind}"
         abstained, truncated = (metrics[f"rollout/{name}_fraction"] for name in ("abstained", "truncated"))
         return (
-            f"In the last one scorer.verifier={self._context.config.scorer.verifier} gave a mean score of {score:.3g},"
+            f"In the last one {judge} gave a mean score of {score:.3g},"
             f" abstained on {abstained:.0%} of the completions, and {truncated:.0%} of them ran out of tokens"
-            " (rollouts/ has every text with its score). All alike make no pair: is it the right verifier, are"
+            " (rollouts/ has every text with its score). All alike make no pair: is it the right judge, are"
             " generator.max_tokens enough, are the prompts neither too easy nor too hard?"
         )
 

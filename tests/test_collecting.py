@@ -17,6 +17,7 @@ from launch.judges import Judges
 from launch.tiny import make_tokenizer
 from orchestrator.collecting import SampleCollector
 from orchestrator.errors import JudgeError
+from orchestrator.evaluation import anchor_figures
 from orchestrator.rollouts import Roles, Rollouts
 from orchestrator.searching import TreeCollector
 from orchestrator.store import Store, read_pairs, read_rollouts
@@ -205,6 +206,35 @@ def test_self_rewarding_trains_without_any_verifier(tmp_path):
         with pytest.raises(AssertionError, match="the verifier was asked"):
             judges.examiner(judge).score([group.group for group in collected.scored])
     assert made[0] == made[1] == made[2]
+
+
+def test_a_judge_is_measured_where_the_truth_is_known():
+    """A judge that always takes the longer answer, against the verifier's word, on held-out problems; what it was asked
+    there is not counted among its judgements of training data."""
+    config = compose(["recipe=self_rewarding", "evaluation.anchors=10"])
+    rollouts, roles = rollouts_of(config, generate=adding())
+    seen = []
+
+    class Longest(Checking):
+        def scores(self, group):
+            seen.append(group.prompt.id)
+            return tuple(Score(value=float(len(completion.text))) for completion in group.completions)
+
+        def metrics(self):
+            seen.append("metrics")
+            return {}
+
+    class Verifying(Checking):
+        def scores(self, group):
+            return tuple(Score(value=float(index % 2)) for index, _ in enumerate(group.completions))
+
+    prompts = problems(30)
+    found = anchor_figures(rollouts, Longest(), Verifying(), prompts, config, 1)
+    assert seen == [prompt.id for prompt in prompts[:10]] + ["metrics"]
+    assert len(roles.generators.asked) == 10 * 4
+    # All of these answers have the same length, so that the judge ties on each comparison and is half right.
+    assert found["judge/accuracy"] == 0.5
+    assert anchor_figures(rollouts, Checking(), Checking(), prompts, config, 1)["judge/accuracy"] == 1.0
 
 
 # Trees

@@ -260,7 +260,7 @@ def test_a_config_of_another_kind(refusal, place):
 
 
 def test_a_context_longer_than_the_model_has(refusal):
-    expect(refusal("model.max_length=100000"), "model.max_length=100000", "config.json", "256")
+    expect(refusal("model.max_length=100000"), "model.max_length=100000", "config.json", "1024")
 
 
 def test_parameters_are_counted_without_loading_them(made_model):
@@ -269,7 +269,7 @@ def test_parameters_are_counted_without_loading_them(made_model):
     model = AutoModelForCausalLM.from_pretrained(made_model)
     shape = inspect_model(made_model)
     assert shape.num_parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert (shape.num_layers, shape.hidden_size, shape.kv_width, shape.context) == (2, 64, 32, 256)
+    assert (shape.num_layers, shape.hidden_size, shape.kv_width, shape.context) == (2, 64, 32, 1024)
     assert read_header(made_model / "model.safetensors")["model.embed_tokens.weight"] == [shape.vocab_size, 64]
     assert find_model(str(made_model)) == made_model
 
@@ -364,6 +364,24 @@ def test_the_memory_plan_adds_up():
         ["model=/m/x", "evaluation.kl_prompts=0", "learner.micro_batch_tokens=16", "generator.num_actors=3"]
     )
     assert by_role(memory_plan(three, base))["generator"] * 2 == by_role(memory_plan(config, base))["generator"] * 3
+
+
+def test_a_judge_of_its_own_takes_memory_like_a_generator():
+    """One engine beside two."""
+    usual = compose(["model=/m", "generator.num_actors=2"])
+    own = compose(["model=/m", "generator.num_actors=2", "scorer=llm_judge", "judge.engine=own"])
+    needs = by_role(memory_plan(own, LLAMA_7B))
+    assert needs["judge"] * 2 == needs["generator"] == by_role(memory_plan(usual, LLAMA_7B))["generator"]
+    served = compose(["model=/m", "scorer=llm_judge"])
+    assert "judge" not in by_role(memory_plan(served, LLAMA_7B))
+
+
+def test_unusable_seed_data(refusal, place):
+    """Read before anything starts, with the line that cannot be used."""
+    write_lines(place / "seeds.jsonl", [{"prompt": "Is it right?", "completion": "Y"}, {"prompt": "Is it right?"}])
+    said = refusal("learner.replay_path=seeds.jsonl", "learner.replay_sequences=4")
+    for part in ("seeds.jsonl", "line 2", "completion"):
+        assert part in said
 
 
 def test_the_disk_plan_adds_up():
