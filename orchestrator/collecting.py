@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from orchestrator.pairing import make_pairs
-from orchestrator.rollouts import Draw
-from orchestrator.types import SamplingParams
+from orchestrator.rollouts import Draw, sampling_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from conf.schema import Config, GeneratorConfig
+    from conf.schema import Config
     from orchestrator.judging import Judge
     from orchestrator.rollouts import Rollouts
     from orchestrator.store import Store
@@ -86,13 +85,3 @@ class SampleCollector:
             counts.update(count.as_dict())
         tokens = sum(len(completion.token_ids) for group in groups for completion in group.completions)
         return Collected(scored=scored, pairs=pairs, counts=counts, tokens=tokens)
-
-
-def sampling_of(generator: GeneratorConfig) -> SamplingParams:
-    """How the policy is sampled for training."""
-    return SamplingParams(
-        temperature=generator.temperature,
-        top_p=generator.top_p,
-        max_tokens=generator.max_tokens,
-        stop=tuple(generator.stop),
-    )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from actors.judges.reliability import truth_figures
 from orchestrator.metrics import Accuracy, wilson_interval
-from orchestrator.rollouts import Draw
+from orchestrator.rollouts import Draw, sampling_of
 from orchestrator.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -80,17 +80,8 @@ def anchor_figures(
     Returns:
         `judge/accuracy` and `judge/calibration_error`; empty where no answers differ in truth.
     """
-    draw = Draw(
-        purpose="anchor",
-        iteration=iteration,
-        num_samples=ANSWERS,
-        sampling=SamplingParams(
-            temperature=config.generator.temperature,
-            top_p=config.generator.top_p,
-            max_tokens=config.generator.max_tokens,
-            stop=tuple(config.generator.stop),
-        ),
-    )
+    sampling = sampling_of(config.generator)
+    draw = Draw(purpose="anchor", iteration=iteration, num_samples=ANSWERS, sampling=sampling)
     (groups,) = rollouts.sample(prompts[: config.evaluation.anchors], [draw])
     found = truth_figures(judge.score(groups), examiner.score(groups))
     judge.metrics()  # which are of the training data: those of the anchors are dropped

@@ -14,7 +14,7 @@ from orchestrator.types import Completion, GenerationRequest, RolloutGroup, Samp
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from conf.schema import Config
+    from conf.schema import Config, GeneratorConfig
     from orchestrator.pools import ActorPool
     from orchestrator.queues import BatchQueue
     from orchestrator.tracking import Tracker
@@ -44,6 +44,16 @@ class Draw:
     iteration: int
     num_samples: int
     sampling: SamplingParams
+
+
+def sampling_of(generator: GeneratorConfig) -> SamplingParams:
+    """How the policy is sampled for training."""
+    return SamplingParams(
+        temperature=generator.temperature,
+        top_p=generator.top_p,
+        max_tokens=generator.max_tokens,
+        stop=tuple(generator.stop),
+    )
 
 
 def make_requests(prompts: Sequence[Prompt], draw: Draw, seed: int) -> list[GenerationRequest]:

@@ -17,7 +17,8 @@ from actors.search.mcts import cancel, grow, revisit, select
 from actors.search.pairs import continuation, step_pairs
 from actors.search.steps import split_steps
 from actors.search.tree import Node, Tree
-from orchestrator.collecting import Collected, sampling_of
+from orchestrator.collecting import Collected
+from orchestrator.rollouts import sampling_of
 from orchestrator.seeds import derive_seed
 from orchestrator.types import (
     Completion,

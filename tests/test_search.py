@@ -195,9 +195,9 @@ def searches(draw):
     return config, draw(st.integers(0, 10_000)), draw(st.floats(0, 0.5))
 
 
-def run(config, seed, failing=0.0):
-    """Waves of up to `in_flight` selections; answers come back in any order, and some have no value."""
-    lots, tree = random.Random(seed), Tree()
+def play(config, lots, play_out):
+    """Waves of up to `in_flight` selections, answered in any order by `play_out(tree, node)`, until the budget ends."""
+    tree = Tree()
     while True:
         wave = []
         while len(wave) < config.in_flight and (node := select(tree, config)) is not None:
@@ -209,11 +209,21 @@ def run(config, seed, failing=0.0):
             return tree
         lots.shuffle(wave)
         for node in wave:
-            rest = [lots.randrange(3) for _ in range(max(1, 4 - node.depth))]
-            if lots.random() < failing:
-                cancel(tree, node, len(rest))
-            else:
-                grow(tree, node, steps(*rest, logprob=-1.1), random.Random(str(rest)).random(), config)
+            play_out(tree, node)
+
+
+def run(config, seed, failing=0.0):
+    """A game of chance in which some rollouts have no value."""
+    lots = random.Random(seed)
+
+    def play_out(tree, node):
+        rest = [lots.randrange(3) for _ in range(max(1, 4 - node.depth))]
+        if lots.random() < failing:
+            cancel(tree, node, len(rest))
+        else:
+            grow(tree, node, steps(*rest, logprob=-1.1), random.Random(str(rest)).random(), config)
+
+    return play(config, lots, play_out)
 
 
 @given(searches())
@@ -290,20 +300,13 @@ def test_the_best_first_move_is_found():
     config = SearchConfig(kind="mcts", simulations=400, breadth=12, in_flight=4, exploration=1.5)
     right = 0
     for seed in range(200):
-        payoff, lots, tree = game(seed), random.Random(seed), Tree()
-        while True:
-            wave = []
-            while len(wave) < config.in_flight and (node := select(tree, config)) is not None:
-                if node.terminal:
-                    revisit(tree, node, config)
-                else:
-                    wave.append(node)
-            if not wave:
-                break
-            for node in wave:
-                rest = [lots.randrange(WIDTH) for _ in range(DEPTH - node.depth)]
-                path = (*tree.tokens_to(node), *rest)
-                grow(tree, node, steps(*rest, logprob=-math.log(WIDTH)), payoff[path], config)
+        payoff, lots = game(seed), random.Random(seed)
+
+        def play_out(tree, node, payoff=payoff, lots=lots):
+            rest = [lots.randrange(WIDTH) for _ in range(DEPTH - node.depth)]
+            value = payoff[(*tree.tokens_to(node), *rest)]
+            grow(tree, node, steps(*rest, logprob=-math.log(WIDTH)), value, config)
+
         best_move = max(payoff, key=payoff.get)[0]
-        right += best_path(tree)[1].step.tokens == (best_move,)
+        right += best_path(play(config, lots, play_out))[1].step.tokens == (best_move,)
     assert right >= 190, right

@@ -309,3 +309,22 @@ def test_dropout_is_off_and_folders_without_a_model_are_refused(tmp_path):
     (tmp_path / "gpt2" / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="cannot load"):
         make_trainer(tmp_path / "gpt2")
+
+
+def test_without_a_reference_none_is_kept_or_computed(model_dir, tmp_path, monkeypatch):
+    """SimPO needs none: the same step as with one, no snapshot in memory and none in the checkpoint."""
+    loss = LossConfig(name="simpo", beta=2.0, gamma=0.5)
+    batch = pack(make_pairs(4))
+    with_one, without = (make_trainer(model_dir, kind=kind, loss=loss) for kind in ("previous", "none"))
+    for trainer in (with_one, without):
+        trainer.begin_iteration(1, 2)
+    expected = with_one.update(with_one.annotate(batch)).metrics["loss"]
+    monkeypatch.setattr(without.policy, "logprobs_with", None)
+    assert without.reference.parameters == {}
+    assert without.update(without.annotate(batch)).metrics["loss"] == pytest.approx(expected, rel=1e-6)
+    assert largest_difference(weights(with_one), weights(without)) < 1e-7
+    without.save(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "reference.safetensors").exists()
+    again = make_trainer(model_dir, kind="none", loss=loss)
+    again.load(tmp_path / "saved")
+    assert largest_difference(weights(again), weights(without)) == 0
