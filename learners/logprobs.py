@@ -9,6 +9,7 @@ one sequence.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +28,19 @@ _REFUSED_SETTINGS = ("final_logit_softcapping", "attn_logit_softcapping", "logit
 _SERVED_LAYERS = {"full_attention", "sliding_attention"}
 _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 """Nats by which a token's log-prob may differ, by dtype of the weights: above rounding, below a wrong mask."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TokenScores:
+    """What a forward pass says of the completions of a batch."""
+
+    logprobs: Tensor
+    """[C] fp32, natural-log probability of each completion token given its prompt and the tokens before it."""
+    log_collision: Tensor | None
+    """[C] log of the sum of squared probabilities at each token, without gradient; None unless asked for."""
+    states: Tensor | None
+    """[S, D] sum of the last hidden states that predict each completion's tokens, from the prompt's last token to the
+    completion's last but one, without gradient; None where completions are scored in padded rows."""
 
 
 class ChunkedLogprobs(torch.autograd.Function):
@@ -150,14 +164,14 @@ def completion_indices(columns: PackedColumns) -> tuple[np.ndarray, np.ndarray]:
 
 def token_logprobs(
     model: nn.Module, columns: PackedColumns, *, vocab_chunk: int, collision: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Natural-log probability [C] (fp32) of each completion token given its prompt and the tokens before it.
+) -> TokenScores:
+    """Scores of each completion token; differentiable.
 
     Args:
         model: a causal language model of transformers whose attention implementation is `packed.ATTENTION`.
         columns: the packed tokens; completions in order.
         vocab_chunk: columns of the vocabulary whose logits exist at once.
-        collision: give also the log of the sum of squared probabilities [C] at each token, without gradient.
+        collision: give `TokenScores.log_collision` too.
 
     Raises:
         ModelError: the model's attention or head cannot run packed.
@@ -170,13 +184,13 @@ def token_logprobs(
     hidden = F.embedding(torch.from_numpy(predictors).to(hidden.device), hidden)
     wanted = torch.from_numpy(columns.tokens[targets].astype(np.int64)).to(hidden.device)
     apply: Any = ChunkedLogprobs.apply
-    found: tuple[Tensor, Tensor | None] = apply(hidden, head.weight, head.bias, wanted, vocab_chunk, collision)
-    return found
+    logprobs, log_collision = apply(hidden, head.weight, head.bias, wanted, vocab_chunk, collision)
+    lengths = torch.from_numpy(columns.completion_lengths.astype(np.int64)).to(hidden.device)
+    states = torch.segment_reduce(hidden.detach().float(), "sum", lengths=lengths, axis=0)
+    return TokenScores(logprobs=logprobs, log_collision=log_collision, states=states)
 
 
-def plain_token_logprobs(
-    model: nn.Module, columns: PackedColumns, *, collision: bool = False
-) -> tuple[Tensor, Tensor | None]:
+def plain_token_logprobs(model: nn.Module, columns: PackedColumns, *, collision: bool = False) -> TokenScores:
     """The same by an ordinary forward: one right-padded row a completion, whole logits, nothing shared."""
     device = next(model.parameters()).device
     prompts = columns.prompt_lengths[columns.completion_groups]
@@ -196,7 +210,7 @@ def plain_token_logprobs(
     picked = logprobs.gather(2, inputs[:, 1:, None])[..., 0]
     real = torch.from_numpy(scored[:, 1:]).to(device)
     log_collision = (2 * logprobs.detach()).logsumexp(-1)[real] if collision else None
-    return picked[real], log_collision
+    return TokenScores(logprobs=picked[real], log_collision=log_collision, states=None)
 
 
 def check_packing(model: nn.Module, *, vocab_chunk: int, seed: int = 0) -> str | None:
@@ -215,9 +229,9 @@ def check_packing(model: nn.Module, *, vocab_chunk: int, seed: int = 0) -> str |
     columns = _probe(config.vocab_size, seed)
     parameter = next(model.parameters())
     with torch.no_grad(), torch.autocast(parameter.device.type, enabled=False):
-        plain, _ = plain_token_logprobs(model, columns)
+        plain = plain_token_logprobs(model, columns).logprobs
         try:
-            packed, _ = token_logprobs(model, columns, vocab_chunk=vocab_chunk)
+            packed = token_logprobs(model, columns, vocab_chunk=vocab_chunk).logprobs
         except (ModelError, AttributeError, TypeError, ValueError, RuntimeError) as error:
             return f"{type(error).__name__}: {error}"
     difference = float((packed - plain).abs().max())

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from learners.logprobs import check_packing, plain_token_logprobs, token_logprobs
+from learners.logprobs import TokenScores, check_packing, plain_token_logprobs, token_logprobs
 from learners.packed import ATTENTION
 from orchestrator.errors import ModelError
 
@@ -91,15 +91,10 @@ class Policy(nn.Module):
 
     def forward(self, columns: PackedColumns) -> Tensor:
         """Log-prob [C] (fp32) of each completion token; differentiable."""
-        return self._run(columns, collision=False)[0]
+        return self.scores(columns).logprobs
 
-    def with_collision(self, columns: PackedColumns) -> tuple[Tensor, Tensor]:
-        """The same, and the log of the sum of squared probabilities [C] at each token, without gradient."""
-        logprobs, log_collision = self._run(columns, collision=True)
-        assert log_collision is not None
-        return logprobs, log_collision
-
-    def _run(self, columns: PackedColumns, *, collision: bool) -> tuple[Tensor, Tensor | None]:
+    def scores(self, columns: PackedColumns, *, collision: bool = False) -> TokenScores:
+        """Log-probs with what comes beside them; see `TokenScores`."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             if self.packing_refused is None:
                 return token_logprobs(self.model, columns, vocab_chunk=self.vocab_chunk, collision=collision)

@@ -22,12 +22,13 @@ import torch
 
 from conf.objectives import OBJECTIVES, is_coupled
 from learners import ranks
+from learners.displacement import ches
 from learners.losses import LossInput, LossState, advance, concatenate, losses
 from orchestrator.batching import split
 from orchestrator.errors import TrainingError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -102,15 +103,13 @@ def _run(
     items, pairs = ranks.total(
         [sum(num_items(part, loss) for part in parts), sum(part.num_pairs for part in parts)],
     )
-    sums: dict[str, Tensor] = {}
+    observed = []
     for part in parts:
-        inputs = _forward(policy, part, loss)
+        inputs, noticed = _forward(policy, part, loss)
         values = losses(inputs, loss, state)
         (values.sum() / items).backward()  # type: ignore[no-untyped-call]
-        for name, value in _observe(inputs, values.sum() * pairs / items).items():
-            sums[name] = sums.get(name, 0.0) + value
-    totals = ranks.total(map(float, sums.values()))
-    return {name: value / pairs for name, value in zip(sums, totals, strict=True)}, state
+        observed.append(_observe(inputs, values.sum() * pairs / items) | noticed)
+    return _means(observed, pairs), state
 
 
 def _run_coupled(
@@ -118,7 +117,8 @@ def _run_coupled(
 ) -> tuple[dict[str, float], LossState]:
     """Adds the gradient of an objective of the whole global batch, through its gradient at the log-probs."""
     with torch.no_grad():
-        mine = concatenate([_forward(policy, part, loss) for part in parts])
+        forwards = [_forward(policy, part, loss) for part in parts]
+    mine = concatenate([inputs for inputs, _ in forwards])
     logprobs = mine.logprobs.requires_grad_()
     everyone = [one.to(logprobs.device) for one in ranks.gather(mine.to("cpu"))]
     everyone[ranks.rank()] = replace(mine, logprobs=logprobs)
@@ -132,7 +132,15 @@ def _run_coupled(
     with torch.no_grad():
         pairs = len(whole.chosen)
         observed = _observe(whole, values.sum() * pairs / items)
-        return {name: float(value) / pairs for name, value in observed.items()}, advance(whole, loss, state)
+        means = {name: float(value) / pairs for name, value in observed.items()}
+        means |= _means([noticed for _, noticed in forwards], pairs)
+        return means, advance(whole, loss, state)
+
+
+def _means(sums: Sequence[Mapping[str, Tensor]], pairs: float) -> dict[str, float]:
+    """Means over the pairs of all ranks, from this rank's sums over those of each micro-batch."""
+    mine = {name: sum(float(part[name]) for part in sums) for name in sums[0]}
+    return {name: value / pairs for name, value in zip(mine, ranks.total(mine.values()), strict=True)}
 
 
 def num_items(batch: PreferenceBatch, loss: LossConfig) -> int:
@@ -140,11 +148,14 @@ def num_items(batch: PreferenceBatch, loss: LossConfig) -> int:
     return len(batch.prompt_starts) if OBJECTIVES[loss.name].unit == "group" else batch.num_pairs
 
 
-def _forward(policy: Policy, batch: PreferenceBatch, loss: LossConfig) -> LossInput:
-    if loss.weighting == "wpo":
-        logprobs, log_collision = policy.with_collision(batch)
-        return replace(loss_input(logprobs, batch, loss.beta), log_collision=log_collision)
-    return loss_input(policy(batch), batch, loss.beta)
+def _forward(policy: Policy, batch: PreferenceBatch, loss: LossConfig) -> tuple[LossInput, dict[str, Tensor]]:
+    """What the objective is made of, and what else the pass tells of the pairs, summed over them."""
+    scores = policy.scores(batch, collision=loss.weighting == "wpo")
+    inputs = replace(loss_input(scores.logprobs, batch, loss.beta), log_collision=scores.log_collision)
+    if scores.states is None:
+        return inputs, {}
+    means = scores.states / inputs.lengths[:, None]
+    return inputs, {"ches": ches(means[inputs.chosen], means[inputs.rejected]).sum()}
 
 
 def loss_input(logprobs: Tensor, batch: PreferenceBatch, beta: float) -> LossInput:

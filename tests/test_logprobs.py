@@ -60,12 +60,12 @@ def gradients(model, logprobs):
 @settings(max_examples=20, deadline=None)
 def test_packed_equals_plain_with_gradients(name, columns, vocab_chunk):
     model = packed_model(name)
-    packed, squares = token_logprobs(model, columns, vocab_chunk=vocab_chunk, collision=True)
-    plain, plain_squares = plain_token_logprobs(model, columns, collision=True)
-    torch.testing.assert_close(squares, plain_squares, atol=1e-5, rtol=0)
-    torch.testing.assert_close(packed, plain, atol=1e-5, rtol=1e-5)
-    expected = gradients(model, plain)
-    for parameter, gradient in gradients(model, packed).items():
+    packed = token_logprobs(model, columns, vocab_chunk=vocab_chunk, collision=True)
+    plain = plain_token_logprobs(model, columns, collision=True)
+    torch.testing.assert_close(packed.log_collision, plain.log_collision, atol=1e-5, rtol=0)
+    torch.testing.assert_close(packed.logprobs, plain.logprobs, atol=1e-5, rtol=1e-5)
+    expected = gradients(model, plain.logprobs)
+    for parameter, gradient in gradients(model, packed.logprobs).items():
         scale = max(1.0, float(expected[parameter].abs().max()))
         assert float((gradient - expected[parameter]).abs().max()) <= 1e-5 * scale, parameter
 
@@ -80,7 +80,19 @@ def test_plain_equals_one_sequence_at_a_time():
         ids = torch.tensor([prompt + completion])
         logprobs = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)[0]
         alone += [logprobs[place - 1, ids[0, place]] for place in range(len(prompt), ids.shape[1])]
-    torch.testing.assert_close(plain_token_logprobs(model, columns)[0], torch.stack(alone))
+    torch.testing.assert_close(plain_token_logprobs(model, columns).logprobs, torch.stack(alone))
+
+
+def test_states_are_those_that_predict_the_completion():
+    """From the prompt's last token to the completion's last but one, each sequence run alone."""
+    model = packed_model("llama")
+    sequences = [((5, 6, 7), (8, 9)), ((5, 6, 7), (3,)), ((2,), (4, 4, 4, 1))]
+    states = token_logprobs(model, pack_sequences(sequences)[0], vocab_chunk=16).states
+    assert states is not None
+    assert not states.requires_grad
+    for (prompt, completion), found in zip(sequences, states, strict=True):
+        hidden = model.model(input_ids=torch.tensor([prompt + completion]), use_cache=False).last_hidden_state[0]
+        torch.testing.assert_close(found, hidden[len(prompt) - 1 : -1].sum(0))
 
 
 def test_packing_layout_of_the_docstring():
@@ -149,7 +161,7 @@ def test_architectures_that_packing_cannot_serve_fall_back_with_the_reason(confi
     policy = Policy(model, dtype="float32", vocab_chunk=16)
     assert reason in policy.packing_refused
     columns, _ = pack_sequences([((1, 2), (3, 4)), ((1, 2), (5,))])
-    torch.testing.assert_close(policy(columns), plain_token_logprobs(model, columns)[0])
+    torch.testing.assert_close(policy(columns), plain_token_logprobs(model, columns).logprobs)
 
 
 def test_check_refuses_a_model_whose_attention_looks_across_completions(monkeypatch):
@@ -196,7 +208,7 @@ def test_packed_equals_plain_on_cuda(name, dtype, tolerance):
     model = packed_model(name, "cuda")
     policy = Policy(model, dtype=dtype, vocab_chunk=16)
     assert policy.packing_refused is None
-    packed, plain = policy(columns), plain_token_logprobs(model, columns)[0]
+    packed, plain = policy(columns), plain_token_logprobs(model, columns).logprobs
     torch.testing.assert_close(packed, plain, atol=tolerance, rtol=tolerance)
     expected = gradients(model, plain)
     for parameter, gradient in gradients(model, packed).items():

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from conf.schema import LearnerConfig, LossConfig, ReferenceConfig
+from learners.displacement import ches
 from learners.logprobs import plain_token_logprobs
 from learners.reference import kl_estimate
 from learners.trainer import Trainer
@@ -79,7 +80,7 @@ def test_loss_is_what_the_formula_says_of_plain_logprobs(model_dir):
     trainer.reference.parameters["lm_head.weight"].mul_(1.1)
     pairs = make_pairs(3)
     batch = trainer.annotate(pack(pairs))
-    policy = plain_token_logprobs(trainer.policy.model, batch)[0].detach().cpu().double().numpy()
+    policy = plain_token_logprobs(trainer.policy.model, batch).logprobs.detach().cpu().double().numpy()
     cuts = np.cumsum(batch.completion_lengths)[:-1]
     ours, anchors = (
         np.array([part.sum() for part in np.split(values, cuts)]) for values in (policy, batch.reference_logprobs)
@@ -91,6 +92,34 @@ def test_loss_is_what_the_formula_says_of_plain_logprobs(model_dir):
         preference = 0.9 * np.log1p(np.exp(-delta)) + 0.1 * np.log1p(np.exp(delta))
         expected += pair.weight * (preference - 0.3 * ours[chosen] / len(pair.chosen.token_ids)) / len(pairs)
     assert trainer.update(batch).metrics["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_ches_of_the_paper():
+    """S_w = (1, 2), S_l = (0.5, 3): 6.5 - 5."""
+    assert ches(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, 3.0]])).item() == pytest.approx(1.5, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_displacement_is_reported_of_each_pair_alone(model_dir, name):
+    """Mean over pairs of the length-normalized score, however the batch is cut, also where log-probs come first."""
+    trainer = make_trainer(model_dir, loss=LossConfig(name=name, beta=0.1), micro_batch_tokens=40)
+    trainer.begin_iteration(1, 1)
+    pairs = make_pairs(3)
+    batch = trainer.annotate(pack(pairs))
+
+    def mean_state(prompt, completion):
+        tokens = torch.tensor([prompt + completion], device=trainer.policy.device)
+        hidden = trainer.policy.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
+        return hidden[len(prompt) - 1 : -1].mean(0)
+
+    expected = 0.0
+    with torch.no_grad():
+        for pair in pairs:
+            chosen, rejected = (
+                mean_state(pair.prompt.token_ids, side.token_ids) for side in (pair.chosen, pair.rejected)
+            )
+            expected += float(chosen @ rejected - chosen @ chosen) / len(pairs)
+    assert trainer.update(batch).metrics["ches"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_training_raises_the_margin_and_reports(model_dir):
