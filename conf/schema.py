@@ -170,6 +170,12 @@ class JudgeConfig:
         0.95, "an iteration in which the judge said nothing usable more often than this stops the run", low=0, high=1
     )
     length_normalized: bool = knob(False, "implicit: mean over the completion's tokens instead of their sum")
+    consistency: str = knob(
+        "none",
+        "implicit: labels are how far this policy and the one before rank the completions alike (CREAM), in each prompt"
+        " or in the mean of the iteration's prompts; loss.labels=soft trains on them",
+        choices=("none", "prompt", "mean"),
+    )
     members: list[str] = knob(["llm_judge", "implicit", "majority"], "kinds of scorers in an ensemble")  # noqa: RUF009
     min_agreement: float = knob(
         0.6,

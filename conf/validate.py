@@ -41,7 +41,7 @@ def validate(config: Config) -> None:
 def problems(config: Config) -> list[Problem]:
     """Everything `validate` would refuse, in the order of its checks; one problem a key."""
     found = list(_out_of_limits(config, ""))
-    for check in (_inputs, _judging, _objective, _searching, _sampling, _devices):
+    for check in (_inputs, _judging, _consistency, _objective, _searching, _sampling, _devices):
         found += check(config)
     return list({problem.key: problem for problem in reversed(found)}.values())[::-1]
 
@@ -128,6 +128,22 @@ def _judging(config: Config) -> Iterator[Problem]:
     if config.scorer.kind == "step_judge" and tiny and not taught and config.judge.model is None:
         message = "scorer.kind=step_judge: the tiny model must be taught to judge: set model.tiny.judge_steps=200"
         yield Problem("scorer.kind", message)
+
+
+def _consistency(config: Config) -> Iterator[Problem]:
+    """What labels by consistency need."""
+    if config.judge.consistency == "none":
+        return
+    needed = {
+        "scorer.kind": (config.scorer.kind, "implicit"),
+        "loss.labels": (config.loss.labels, "soft"),
+        "reference.kind": (config.reference.kind, "previous"),
+        "search.kind": (config.search.kind, "none"),
+    }
+    for key, (found, right) in needed.items():
+        if found != right:
+            message = f"{key}={found}: judge.consistency={config.judge.consistency} needs {key}={right}"
+            yield Problem(key, message)
 
 
 def _objective(config: Config) -> Iterator[Problem]:

@@ -13,7 +13,7 @@ from conf.validate import POOLED_KINDS
 from launch.model_files import find_model, folder_version, inspect_model
 from launch.tokenizers import load_tokenizer
 from orchestrator.errors import ConfigError
-from orchestrator.scoring import PooledJudge, PooledTextModel
+from orchestrator.scoring import PooledJudge, PooledTextModel, PreviousPolicy
 
 if TYPE_CHECKING:
     from conf.schema import Config
@@ -57,7 +57,8 @@ class Judges:
             case "step_judge":
                 return StepJudge(self._reader(), config.judge)
             case "implicit":
-                return build_implicit(config.judge, self._policy(), self._own_model(), config.loss.beta)
+                previous = PreviousPolicy(self._roles.learner, deadline_s=config.judge.deadline_s)
+                return build_implicit(config.judge, self._policy(), self._own_model(), previous, config.loss.beta)
             case "majority":
                 return build_majority(config.scorer)
             case "ensemble":

@@ -19,6 +19,8 @@ from orchestrator.weights import Probe, Publication, checksums, pack, version_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
+
     from conf.schema import LearnerConfig, LossConfig, ReferenceConfig
     from orchestrator.queues import BatchQueue
     from orchestrator.types import Completion, PreferenceBatch, Prompt, SeedSequence, UpdateResult
@@ -149,6 +151,13 @@ class Learner:
         """KL(policy || initial model) per completion, nats, estimated on completions the policy sampled."""
         with self._busy:
             return self._trainer.kl_to_initial(samples)
+
+    def reference_logprobs(
+        self, sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
+    ) -> list[NDArray[np.float32]] | None:
+        """See `Trainer.reference_logprobs`."""
+        with self._busy:
+            return self._trainer.reference_logprobs(sequences)
 
     def save(self, folder: str) -> None:
         """Writes weights, optimizer, reference and counters; the folder appears whole or not at all."""

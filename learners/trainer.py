@@ -171,6 +171,15 @@ class Trainer:
         """Log-probs of ``sequence[1:]`` given their prefixes under the policy, each [len(sequence) - 1]."""
         return self._score(None, [(tuple(sequence[:1]), tuple(sequence[1:])) for sequence in sequences])
 
+    def reference_logprobs(self, sequences: Sequence[tuple[Tokens, Tokens]]) -> list[NDArray[np.float32]] | None:
+        """Log-probs of the completions of (prompt, completion) sequences under the latest iteration's reference.
+
+        None before the first iteration, and where there is no reference.
+        """
+        if self.iteration == 0 or not self.reference.parameters:
+            return None
+        return self._score(self.reference.parameters, sequences)
+
     def kl_to_initial(self, samples: Sequence[tuple[Prompt, Completion]]) -> float:
         """KL(policy || initial model) in nats a completion; both sides computed here, so no engine's rounding counts.
 

@@ -42,6 +42,13 @@ class Judge(Protocol):
         """Of the judgements since the last call, for `judge/`: rates of failures, abstentions, ties, agreement."""
 
 
+class EarlierPolicy(Protocol):
+    """The policy before the present one."""
+
+    def logprobs(self, sequences: Sequence[tuple[Tokens, Tokens]]) -> list[NDArray[np.float32]] | None:
+        """As `TextModel.logprobs`; None where there is none before the present one."""
+
+
 class TextModel(Protocol):
     """A language model that answers in batches."""
 

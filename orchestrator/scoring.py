@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.prompts import Renderer
+from orchestrator.remote import fetch
 from orchestrator.tasks.base import Problem
 
 if TYPE_CHECKING:
@@ -50,6 +51,29 @@ class PooledJudge:
     def metrics(self) -> dict[str, float]:
         """See `Judge.metrics`: what scorer actors say is in the groups, and counted there."""
         return {}
+
+
+class PreviousPolicy:
+    """The policy that the latest iteration began with, as the learner keeps it with `reference=previous`.
+
+    Args:
+        learner: handle of the `learners.learner.Learner` actor.
+        deadline_s: seconds for one wave.
+    """
+
+    def __init__(self, learner: Any, *, deadline_s: float) -> None:
+        self._learner = learner
+        self._deadline_s = deadline_s
+
+    def logprobs(self, sequences: Sequence[tuple[Tokens, Tokens]]) -> list[NDArray[np.float32]] | None:
+        """See `EarlierPolicy.logprobs`."""
+        found: list[NDArray[np.float32]] | None = fetch(
+            self._learner.reference_logprobs.remote(sequences),
+            what=f"learner: scoring {len(sequences)} sequences with the policy before",
+            deadline_s=self._deadline_s,
+            knob="judge.deadline_s",
+        )
+        return found
 
 
 class PooledTextModel:

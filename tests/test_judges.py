@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.judges.comparisons import fill_table, mean_wins, opinions
+from actors.judges.consistency import consistency, kendall_tau
 from actors.judges.ensemble import Ensemble, build_ensemble
 from actors.judges.implicit import build_implicit
 from actors.judges.llm_judge import build_llm_judge
@@ -119,10 +120,10 @@ class Weights(ScriptedModel):
 def test_the_implicit_reward_is_the_log_ratio():
     policy, initial = Weights(-0.5, "v1"), Weights(-1.25, "v0")
     group = group_of("ab", "abcd", "")
-    (summed,) = build_implicit(JudgeConfig(), policy, initial, beta=0.1).score([group])
+    (summed,) = build_implicit(JudgeConfig(), policy, initial, Before(), beta=0.1).score([group])
     assert values(summed) == [pytest.approx(0.1 * 2 * 0.75), pytest.approx(0.1 * 4 * 0.75), None]
     assert policy.sequences == [(group.prompt.token_ids, c.token_ids) for c in group.completions[:2]]
-    (mean,) = build_implicit(JudgeConfig(length_normalized=True), policy, initial, beta=0.1).score([group])
+    (mean,) = build_implicit(JudgeConfig(length_normalized=True), policy, initial, Before(), beta=0.1).score([group])
     assert values(mean) == [pytest.approx(0.075), pytest.approx(0.075), None]
     assert summed.scorer != mean.scorer
     assert "v1/v0" in summed.scorer
@@ -130,7 +131,59 @@ def test_the_implicit_reward_is_the_log_ratio():
 
 def test_a_policy_that_has_not_changed_rewards_nothing():
     same = Weights(-0.5, "v0")
-    assert values(build_implicit(JudgeConfig(), same, same, beta=0.1).score([group_of("ab", "abcd")])[0]) == [0.0, 0.0]
+    judge = build_implicit(JudgeConfig(), same, same, Before(), beta=0.1)
+    assert values(judge.score([group_of("ab", "abcd")])[0]) == [0.0, 0.0]
+
+
+class Named(Weights):
+    """The log-prob of a completion's tokens is told by the text; 0 for those it was not told of."""
+
+    def __init__(self, **by_text):
+        super().__init__(0.0, "v")
+        self.by_text = by_text
+
+    def logprobs(self, sequences):
+        return [
+            np.full(len(text), self.by_text.get("".join(map(chr, text)), 0.0), dtype=np.float32)
+            for _, text in sequences
+        ]
+
+
+class Before(Named):
+    """A policy before the present one; without a word, that there was none."""
+
+    def logprobs(self, sequences):
+        return super().logprobs(sequences) if self.by_text else None
+
+
+def test_consistency_of_rankings():
+    """Of six comparisons one is turned, one is a tie on one side: tau = (4 - 1) / 6."""
+    assert kendall_tau([4, 3, 2, 1], [4, 2, 3, 2]) == pytest.approx((4 - 1) / 6)
+    assert kendall_tau([1, 2], [2, 1]) == -1
+    assert consistency(0.4) == pytest.approx(0.7, abs=1e-6)
+
+
+@pytest.mark.parametrize(("which", "labels"), [("prompt", (2 / 3, 1.0)), ("mean", (5 / 6, 5 / 6))])
+def test_labels_of_cream_are_how_far_two_policies_rank_alike(which, labels):
+    """First prompt: c > b > a now, b > c > a before, so tau = 1/3. Second: the same order."""
+    now, before = Named(aa=1, bb=2, cc=3, x=1, y=2), Before(aa=1, bb=3, cc=2, x=1, y=2)
+    groups = [group_of("aa", "bb", "cc", ""), group_of("x", "y", prompt="Else?")]
+    judge = build_implicit(JudgeConfig(consistency=which), now, Named(), before, beta=0.1)
+    first, second = judge.score(groups)
+    assert values(first) == [pytest.approx(0.1 * 2 * value) for value in (1, 2, 3)] + [None]
+    assert first.preferences[2][0] == first.preferences[2][1] == pytest.approx(labels[0])
+    assert first.preferences[0][2] == pytest.approx(1 - labels[0])
+    assert first.preferences[3][0] is None
+    assert second.preferences[1][0] == pytest.approx(labels[1])
+    assert judge.metrics()["judge/consistency"] == pytest.approx((2 / 3 + 1) / 2)
+
+
+def test_without_a_policy_before_the_initial_one_ranks_by_its_mean_logprob():
+    """b is likelier to the initial model, of which the policy thinks more of a."""
+    judge = build_implicit(JudgeConfig(consistency="prompt"), Named(), Named(aa=-2, bb=-1), Before(), beta=0.1)
+    (scored,) = judge.score([group_of("aa", "bb")])
+    assert values(scored) == [pytest.approx(0.4), pytest.approx(0.2)]
+    assert scored.preferences[0][1] == 0.0
 
 
 # -- ensembles --

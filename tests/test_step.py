@@ -94,6 +94,19 @@ def test_loss_is_what_the_formula_says_of_plain_logprobs(model_dir):
     assert trainer.update(batch).metrics["loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_policy_before_is_the_latest_iterations_reference(model_dir):
+    trainer = make_trainer(model_dir, lr=3e-3)
+    sequences = [((5, 6), (7, 8, 1)), ((4,), (9,))]
+    assert trainer.reference_logprobs(sequences) is None, "there was none"
+    initial = trainer._score(None, sequences)
+    trainer.begin_iteration(1, 1)
+    trainer.update(trainer.annotate(pack(make_pairs(4))))
+    found = trainer.reference_logprobs(sequences)
+    for before, same, now in zip(initial, found, trainer._score(None, sequences), strict=True):
+        assert np.array_equal(before, same)
+        assert not np.allclose(before, now, atol=1e-4)
+
+
 def test_ches_of_the_paper():
     """S_w = (1, 2), S_l = (0.5, 3): 6.5 - 5."""
     assert ches(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, 3.0]])).item() == pytest.approx(1.5, abs=1e-6)

@@ -4,8 +4,9 @@
                with noisy preferences", equation 3
     robust     the same, made unbiased: [(1 - eps) l - eps l'] / (1 - 2 eps), Chowdhury et al. 2024, "Provably Robust
                DPO" (arXiv:2403.00409), equation 10; may be negative
-    soft       p = the judge's own probability; with that of two models' agreement it is CREAM (Wang et al. 2024,
-               arXiv:2410.12735, equation 7), with strengths of preference OSP (Zhai et al. 2024, arXiv:2405.14103)
+    soft       p = the judge's own probability; with how far two policies rank alike (`judge.consistency`) it is CREAM
+               (Wang et al. 2024, arXiv:2410.12735, equation 7), with strengths of preference OSP (Zhai et al. 2024,
+               arXiv:2405.14103)
     posterior  p = the probability that the label is right given its loss, LCPO: see `posterior`
     denoised   p = 1 - eps for pairs the policy is unsure of, SPA: see `denoised`
 
