@@ -7,6 +7,7 @@ import json
 import pytest
 
 from orchestrator.store import read_pairs, read_rollouts
+from tests.models import make_model
 from tests.runs import do_run
 
 RUBRIC = "{question}{answer}Which mark?\n"
@@ -55,3 +56,16 @@ def test_a_policy_that_cannot_say_a_verdict_stops_with_the_reason(folder, capsys
     assert summary["status"] == "failed"
     assert "gave no verdict in" in summary["error"]
     assert "judge.max_failed_fraction=0.95" in capsys.readouterr().err
+
+
+def test_a_policy_judged_by_its_own_log_ratio_asks_the_learner_for_the_one_before(tmp_path):
+    """CREAM: in the first iteration the base model ranks beside the policy, in the second the policy it came from."""
+    base = make_model("llama", tmp_path / "base", seed=1)
+    settings = {"loss": "cream", "scorer": "implicit", "judge__model": base, "judge__consistency": "mean"}
+    assert do_run(tmp_path, tmp_path / "run", engine="transformers", **settings) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    agreements = [line["judge/consistency"] for line in lines if "judge/consistency" in line]
+    for number, agreement in enumerate(agreements, 1):
+        pairs = read_pairs(tmp_path / "run" / "pairs" / f"iteration-{number:04d}.parquet")
+        assert [pair.label for pair in pairs] == pytest.approx([agreement] * len(pairs))
+    assert agreements[0] < 0.8 < agreements[1], "one update moves a ranking less than another model differs"
