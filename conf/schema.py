@@ -189,6 +189,12 @@ class JudgeConfig:
         " their mean scores, as the released code of SPPO has it",
         choices=("pairwise", "aggregated"),
     )
+    score: str = knob(
+        "win_rate",
+        "preference_model: a completion's score is its mean probability of winning, or its mean logit of winning, which"
+        " loss=gpo regresses to",
+        choices=("win_rate", "mean_logit"),
+    )
     num_actors: int = knob(1, "engines of the judge's own pool", low=1)
     gpus_per_actor: float = knob(0, "GPUs of one engine of its own pool, or of one preference or reward model", low=0)
     deadline_s: float = knob(600, "one wave of judgements must be done after so long", above=0)

@@ -186,6 +186,14 @@ def _objective(config: Config) -> Iterator[Problem]:
             " choose scorer=preference_model, a pairwise llm_judge, or loss=sppo_hard"
         )
         yield Problem("loss.name", message)
+    if loss.name == "gpo" and (config.scorer.kind != "preference_model" or config.judge.score != "mean_logit"):
+        message = (
+            "loss.name=gpo: regresses to mean logits of winning: choose scorer=preference_model judge.score=mean_logit"
+        )
+        yield Problem("loss.name", message)
+    if loss.name == "sppo" and config.scorer.kind == "preference_model" and config.judge.score != "win_rate":
+        message = f"judge.score={config.judge.score}: loss.name=sppo regresses to win rates: leave it at win_rate"
+        yield Problem("judge.score", message)
 
 
 def _searching(config: Config) -> Iterator[Problem]:

@@ -138,6 +138,8 @@ def test_a_wrong_override_is_refused_with_what_would_be_right(override, expected
         (["loss=sppo", "scorer=reward_model", "judge.model=/judge"], "loss.name"),
         (["learner.replay_sequences=8"], "learner.replay_sequences"),
         (["scorer=step_judge"], "scorer.kind"),
+        (["loss=gpo", "scorer=preference_model"], "loss.name"),
+        (["loss=sppo", "scorer=preference_model", "judge.score=mean_logit"], "judge.score"),
         (["loss=cream", "judge.consistency=mean"], "scorer.kind"),
         (["scorer=implicit", "judge.consistency=mean"], "loss.labels"),
         (["loss=cream", "scorer=implicit", "judge.consistency=mean", "reference=initial"], "reference.kind"),
