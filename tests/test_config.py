@@ -17,6 +17,7 @@ COMPANIONS = {
     "model=hf": ["model.path=/models/some"],
     "task=prompts": ["task.path=prompts.jsonl"],
     "task=gsm8k": ["task.path=train.jsonl"],
+    "loss=gpo": ["scorer=preference_model", "judge.score=mean_logit"],
     "scorer=step_judge": ["model.tiny.judge_steps=200"],
 }
 
@@ -146,6 +147,8 @@ def test_a_wrong_override_is_refused_with_what_would_be_right(override, expected
         (["recipe=mcts_dpo", "scorer=majority"], "scorer.kind"),
         (["recipe=mcts_dpo", "scorer=llm_judge", "judge=pairwise"], "scorer.kind"),
         (["recipe=mcts_dpo", "loss=nca"], "loss.name"),
+        (["recipe=mcts_dpo", "search.show_answer=true"], "search.show_answer"),
+        (["recipe=mcts_dpo", "search.depth_penalty=true"], "search.depth_penalty"),
         (["recipe=mcts_dpo", "search.separator=''"], "search.separator"),
         (["generator.tensor_parallel_size=2"], "generator.tensor_parallel_size"),
         (["learner.gpus=1.5"], "learner.gpus"),

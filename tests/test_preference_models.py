@@ -480,8 +480,8 @@ def test_a_run_without_the_judge_it_asks_for_is_refused(base, tmp_path):
 def test_what_train_judge_writes_passes_the_checks_before_a_run(kind, likelihood, base, tmp_path):
     model, encoder = new_model(base, HeadConfig(kind=kind, likelihood=likelihood), max_length=64)
     save_model(model, encoder, tmp_path / "judge")
-    weights = sum(tensor.numel() for tensor in model.state_dict().values())
-    assert judge_bytes(tmp_path, base, "reward_model" if kind == "reward_model" else "preference_model") >= 4 * weights
+    scorer = "reward_model" if kind == "reward_model" else "preference_model"
+    assert judge_bytes(tmp_path, base, scorer) == 4 * sum(p.numel() for p in model.backbone.parameters())
 
 
 def test_a_sequence_classifier_passes_the_checks_before_a_run(base, tmp_path):
@@ -493,7 +493,7 @@ def test_a_sequence_classifier_passes_the_checks_before_a_run(base, tmp_path):
 def judge_bytes(folder, base, kind):
     """What preflight plans for the judge beside the process itself."""
     prompts = folder / "prompts.jsonl"
-    prompts.write_text("".join(f'{{"prompt": "Is it {number}?"}}\n' for number in range(64)))
+    prompts.write_text("".join(f'{{"prompt": "Is it {number}?"}}\n' for number in range(192)))
     settings = [f"scorer={kind}", f"judge.model={folder / 'judge'}", "evaluation.scorer=judge"]
     settings += ["model.max_length=128", "generator.max_tokens=32", "task.answer_field=null"]
     config = compose([*settings, f"model={base}", "task=prompts", f"task.path={prompts}", f"run_dir={folder / 'run'}"])
