@@ -93,8 +93,9 @@ class Reliability:
         if failed > self._max_failed_fraction * votes:
             raise JudgeError(
                 f"{self._judge} gave no verdict in {failed} of {votes} judgements (judge.max_failed_fraction="
-                f"{self._max_failed_fraction:g}). Latest: {self._failure}. Mend the rubric, take an abler judge.model,"
-                " raise judge.max_tokens, or read judge.verdict=probability, which needs no words"
+                f"{self._max_failed_fraction:g}). Latest: {self._failure}. Mend the rubric, take an abler judge.model"
+                " (a step_judge must have been taught), raise judge.max_tokens, or read judge.verdict=probability,"
+                " which needs no words"
             )
 
 
