@@ -406,7 +406,8 @@ class EvaluationConfig:
     )
     anchors: int = knob(
         32,
-        "test problems with four answers each on which the judge is measured against the verifier; 0: off",
+        "test problems with four answers each on which the judge is measured against the verifier in each iteration; "
+        "0: off",
         low=0,
     )
     kl_prompts: int = knob(64, "completions on which KL to the initial model is estimated; 0: off", low=0)
