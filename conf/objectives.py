@@ -24,6 +24,8 @@ class Objective:
     """Whether a value depends on the other pairs of the global batch, or on earlier batches."""
     mismatched: bool = False
     """Whether it needs completions that answer another prompt."""
+    graded: bool = False
+    """Whether it regresses on the pair's scores or its label: a tie is then a target like any other."""
 
 
 _GROUP = Objective(unit="group")
@@ -37,9 +39,9 @@ OBJECTIVES: dict[str, Objective] = {
     "ipo_sum": Objective(),
     "hinge": Objective(),
     "slic": _OWN,
-    "sppo": Objective(),
+    "sppo": Objective(graded=True),
     "sppo_hard": Objective(),
-    "gpo": Objective(),
+    "gpo": Objective(graded=True),
     "kto": Objective(coupled=True, mismatched=True),
     "bco": Objective(coupled=True),
     "bco_pair": Objective(),
@@ -58,11 +60,11 @@ OBJECTIVES: dict[str, Objective] = {
     "aot_unpaired": Objective(coupled=True),
     "discopop": Objective(),
     "f_dpo": Objective(),
-    "rebel": Objective(),
-    "irepo": Objective(),
+    "rebel": Objective(graded=True),
+    "irepo": Objective(graded=True),
     "copg": _GROUP,
-    "p3o": Objective(),
-    "p3o_separate": Objective(),
+    "p3o": Objective(graded=True),
+    "p3o_separate": Objective(graded=True),
     "trpa": Objective(),
     "pro": Objective(unit="group", reference=False),
     "aft": Objective(unit="group", reference=False),
@@ -77,6 +79,12 @@ def is_coupled(config: LossConfig) -> bool:
     """Whether a pair's loss depends on the other pairs of the global batch, or on earlier batches."""
     chosen = OBJECTIVES[config.name]
     return chosen.coupled or config.labels in COUPLED_LABELS or config.beta_scaling == "implicit"
+
+
+def takes_sides(config: LossConfig) -> bool:
+    """Whether a pair is trained on as chosen over rejected, whatever probability its label gives that."""
+    chosen = OBJECTIVES[config.name]
+    return config.labels != "soft" and chosen.unit == "pair" and not chosen.graded
 
 
 def needs_reference(config: LossConfig) -> bool:

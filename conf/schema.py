@@ -160,6 +160,7 @@ class JudgeConfig:
     head: str = knob("J", "text put before the question that a step_judge reads")
     derive: str = knob("=#", "characters behind which a step's result stands, which a step_judge writes itself first")
     yes: str = knob("Y", "what a step_judge writes behind a right step")
+    no: str = knob("N", "what a step_judge writes behind a wrong step")
     votes: int = knob(
         3, "judgements sampled for each completion or each order of a comparison (verdict=words), averaged", low=1
     )
@@ -425,7 +426,8 @@ class EvaluationConfig:
     )
     anchors: int = knob(
         32,
-        "test problems with four answers each on which the judge is measured against the verifier; 0: off",
+        "test problems with four answers each on which the judge is measured against the verifier in each iteration; "
+        "0: off",
         low=0,
     )
     kl_prompts: int = knob(64, "completions on which KL to the initial model is estimated; 0: off", low=0)

@@ -9,6 +9,7 @@ from actors.judges.implicit import build_implicit
 from actors.judges.last_step import LastStep
 from actors.judges.llm_judge import build_llm_judge
 from actors.judges.majority import build_majority
+from actors.judges.reliability import Reliability
 from actors.judges.step_judge import StepJudge
 from conf.validate import POOLED_KINDS
 from launch.model_files import find_model, folder_version, inspect_model
@@ -58,7 +59,10 @@ class Judges:
     def _build(self, kind: str) -> Judge:
         config = self._config
         if kind in POOLED_KINDS:
-            return PooledJudge(kind, self._roles.scorers[kind], deadline_s=config.scorer.deadline_s)
+            reliability = None if kind == "verifier" else Reliability()
+            return PooledJudge(
+                kind, self._roles.scorers[kind], deadline_s=config.scorer.deadline_s, reliability=reliability
+            )
         match kind:
             case "llm_judge":
                 return build_llm_judge(config.judge, self._reader(), config.seed)

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from conf.objectives import takes_sides
 from orchestrator.pairing import make_pairs
 from orchestrator.rollouts import Draw, sampling_of
 
@@ -80,7 +81,9 @@ class SampleCollector:
         pairs: list[PreferencePair] = []
         counts: Counter[str] = Counter()
         for group in scored:
-            made, count = make_pairs(group, self._config.pairing, reference=reference)
+            made, count = make_pairs(
+                group, self._config.pairing, reference=reference, takes_sides=takes_sides(self._config.loss)
+            )
             pairs += made
             counts.update(count.as_dict())
         tokens = sum(len(completion.token_ids) for group in groups for completion in group.completions)

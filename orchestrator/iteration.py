@@ -1,4 +1,4 @@
-"""One iteration as a transaction: collect -> train -> publish -> evaluate -> promote.
+"""One iteration as a transaction: collect -> train -> publish -> anchors -> evaluate -> promote.
 
 Everything before `promote` may be thrown away and done again; `promote` writes the checkpoint and then one row of the
 ledger, and from that row on the iteration counts. A run that is resumed starts behind the last such row.
@@ -7,7 +7,8 @@ ledger, and from that row on the iteration counts. A run that is resumed starts 
     collect    prompts, the data policy    rollouts/*.parquet, pairs/*.parquet, pairs
     train      pairs                       optimizer steps
     publish    the learner's weights       a version that every generator holds
-    evaluate   held-out prompts            accuracy with intervals, KL to the initial model
+    anchors    held-out prompts            how far the judge that trains agrees with the verifier, if it is another
+    evaluate   held-out prompts            accuracy with intervals, KL to the initial model (each `evaluation.every`)
     promote    all of it                   checkpoint, ledger row; the version becomes the next data policy
 """
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from conf.schema import Config
     from orchestrator.context import Context
     from orchestrator.types import PolicyVersion, PreferencePair, UpdateResult
 
@@ -67,6 +69,9 @@ class Iteration:
             self._train(pairs)
         with context.stage("publish", number):
             version = context.publisher.publish(number) if pairs else self._policy
+        if _has_anchors(context.config):
+            with context.stage("anchors", number):
+                self._measure_judge()
         if number % context.config.evaluation.every == 0 or number == context.config.pipeline.iterations:
             with context.stage("evaluate", number):
                 self._evaluate()
@@ -147,6 +152,12 @@ class Iteration:
         done = self._call(self._context.roles.learner.progress.remote(), "progress")
         self._context.tracker.progress("train", done, total, 0)
 
+    def _measure_judge(self) -> None:
+        context = self._context
+        self._metrics |= anchor_figures(
+            context.rollouts, context.judge, context.examiner, context.test_prompts, context.config, self._number
+        )
+
     def _evaluate(self) -> None:
         context, config = self._context, self._context.config
         last = self._number == config.pipeline.iterations
@@ -154,10 +165,6 @@ class Iteration:
         evaluation = evaluate(context.rollouts, context.examiner, prompts, config, self._number)
         context.count_tokens(evaluation.tokens)
         self._metrics |= evaluation.metrics()
-        if config.evaluation.anchors and config.evaluation.scorer == "verifier" and config.scorer.kind != "verifier":
-            self._metrics |= anchor_figures(
-                context.rollouts, context.judge, context.examiner, context.test_prompts, config, self._number
-            )
         samples = evaluation.sampled_completions[: config.evaluation.kl_prompts]
         if samples and config.evaluation.temperature == 1:
             # Completions drawn at another temperature do not come from the policy whose KL is asked for.
@@ -184,6 +191,11 @@ class Iteration:
     def _call(self, ref: Any, what: str) -> Any:
         deadline_s = self._context.config.learner.step_deadline_s
         return fetch(ref, what=f"learner: {what}", deadline_s=deadline_s, knob="learner.step_deadline_s")
+
+
+def _has_anchors(config: Config) -> bool:
+    """Whether the judge that trains can be measured by one that knows the truth."""
+    return config.evaluation.anchors > 0 and config.evaluation.scorer == "verifier" and config.scorer.kind != "verifier"
 
 
 def _prune(folder: Path, keep: int) -> None:

@@ -39,7 +39,11 @@ class Judge(Protocol):
         """
 
     def metrics(self) -> dict[str, float]:
-        """Of the judgements since the last call, for `judge/`: rates of failures, abstentions, ties, agreement."""
+        """Of the judgements since the last call, for `judge/`: rates of failures, abstentions, ties, agreement.
+
+        Raises:
+            JudgeError: next to none of these judgements could be used.
+        """
 
 
 class StateEvaluator(Protocol):

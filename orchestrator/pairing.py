@@ -1,7 +1,8 @@
 """Scored groups to preference pairs: who is preferred to whom, and what is left unsaid.
 
 An abstention is no score: its completion enters no pair. Scores closer than `pairing.min_margin` are a tie, and a tie
-makes no pair either; it is never decided by position.
+makes no pair either; it is never decided by position. Where the loss takes sides, a judge that compared the two must
+have preferred the one with the higher score: its own tie or its contrary word makes no pair.
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ class PairingCounts:
 
     pairs: int
     ties: int
-    """Comparisons the policy looked at and dropped because their margin is no more than `min_margin`."""
+    """Comparisons the policy looked at and dropped: the margin is no more than `min_margin`, or the scorer said so."""
     abstentions: int
     """Completions without a score."""
     undecided: int = 0
-    """Comparisons the policy looked at and dropped because a scorer that compares abstained on them."""
+    """Comparisons the policy looked at and dropped because a scorer that compares abstained on them, or contradicts its
+    mean scores."""
 
     def as_dict(self) -> dict[str, int]:
         """Counts by name."""
@@ -60,7 +62,7 @@ def is_tie(first: float, second: float, min_margin: float = 0.0) -> bool:
 
 
 def make_pairs(
-    scored: ScoredGroup, config: PairingConfig, *, reference: PolicyVersion
+    scored: ScoredGroup, config: PairingConfig, *, reference: PolicyVersion, takes_sides: bool = True
 ) -> tuple[list[PreferencePair], PairingCounts]:
     """Compares the completions of one prompt, best margins first.
 
@@ -72,6 +74,7 @@ def make_pairs(
         config: `best_worst` pairs highest with lowest, then the next ones inwards; `all` pairs every two that differ;
             `length_controlled` pairs the shortest of the near-best with the longest of the near-worst.
         reference: the loss reference written into each pair.
+        takes_sides: of the loss; see `conf.objectives.takes_sides`.
 
     Raises:
         DataError: a score is not finite.
@@ -84,8 +87,10 @@ def make_pairs(
         label = _label(scored, best.index, worst.index)
         if label is None:
             undecided += 1
-        elif is_tie(best.score, worst.score, config.min_margin):
+        elif is_tie(best.score, worst.score, config.min_margin) or (takes_sides and is_tie(label, 0.5)):
             ties += 1
+        elif takes_sides and label < 0.5:
+            undecided += 1
         elif len(kept) < config.max_pairs:
             kept.append(_pair(scored, best, worst, label, reference))
     abstentions = len(scored.scores) - len(ranked)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from actors.judges.reliability import Reliability
 from orchestrator.prompts import Renderer
 from orchestrator.remote import fetch
 from orchestrator.tasks.base import Problem
@@ -31,26 +32,38 @@ class PooledJudge:
         name: what it is, for messages; each `ScoredGroup` carries the scorer's own name and version.
         pool: of `actors.scorer.ScorerActor`.
         deadline_s: seconds for one wave.
+        reliability: collects what it says; None for a rule, of whose word there is nothing to doubt.
     """
 
-    def __init__(self, name: str, pool: ActorPool[RolloutGroup, ScoredGroup], *, deadline_s: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        pool: ActorPool[RolloutGroup, ScoredGroup],
+        *,
+        deadline_s: float,
+        reliability: Reliability | None,
+    ) -> None:
         self.name = name
         self._pool = pool
         self._deadline_s = deadline_s
+        self._reliability = reliability
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
         """See `Judge.score`."""
-        return self._pool.map(
+        scored = self._pool.map(
             lambda actor, share: actor.score.remote(share),
             groups,
             what=f"scoring {len(groups)} groups ({self.name})",
             deadline_s=self._deadline_s,
             knob="scorer.deadline_s",
         )
+        if self._reliability is not None:
+            self._reliability.groups(scored)
+        return scored
 
     def metrics(self) -> dict[str, float]:
-        """See `Judge.metrics`: what scorer actors say is in the groups, and counted there."""
-        return {}
+        """See `Judge.metrics`."""
+        return {} if self._reliability is None else self._reliability.report()
 
 
 class PreviousPolicy:

@@ -18,7 +18,7 @@ from launch.tiny import make_tokenizer
 from orchestrator.collecting import SampleCollector
 from orchestrator.errors import JudgeError
 from orchestrator.evaluation import anchor_figures
-from orchestrator.rollouts import Roles, Rollouts
+from orchestrator.rollouts import Draw, Roles, Rollouts, sampling_of
 from orchestrator.searching import TreeCollector, depth_penalty
 from orchestrator.store import Store, read_pairs, read_rollouts
 from orchestrator.tasks.addition import AdditionTask
@@ -206,6 +206,17 @@ def test_self_rewarding_trains_without_any_verifier(tmp_path):
         with pytest.raises(AssertionError, match="the verifier was asked"):
             judges.examiner(judge).score([group.group for group in collected.scored])
     assert made[0] == made[1] == made[2]
+
+
+def test_scorers_whose_word_trains_are_doubted_and_the_verifier_is_not():
+    for kind, reported in (("reward_model", True), ("preference_model", True), ("verifier", False)):
+        config = compose([f"scorer.kind={kind}", "judge.model=judge"])
+        rollouts, roles = rollouts_of(config, generate=adding())
+        roles = replace(roles, scorers={kind: Pool(score=Checking().score)})
+        judge = Judges(config, roles, SimpleNamespace(tokenizer=TOKENIZER), SimpleNamespace(version=V1)).judge()
+        draw = Draw(purpose="rollout", iteration=1, num_samples=2, sampling=sampling_of(config.generator))
+        judge.score(rollouts.sample(problems(4), [draw])[0])
+        assert ("judge/abstained_fraction" in judge.metrics()) == reported
 
 
 def test_a_judge_is_measured_where_the_truth_is_known():

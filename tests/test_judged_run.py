@@ -80,8 +80,11 @@ def test_a_policy_judged_by_its_own_log_ratio_asks_the_learner_for_the_one_befor
     """CREAM: in the first iteration the base model ranks beside the policy, in the second the policy it came from."""
     base = make_model("llama", tmp_path / "base", seed=1)
     settings = {"loss": "cream", "scorer": "implicit", "judge__model": base, "judge__consistency": "mean"}
+    settings["evaluation__every"] = 2
     assert do_run(tmp_path, tmp_path / "run", engine="transformers", **settings) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines if "eval/greedy_value" in line] == [0, 2]
+    assert [line["iteration"] for line in lines if "judge/accuracy" in line] == [1, 2], "anchors need no evaluation"
     agreements = [line["judge/consistency"] for line in lines if "judge/consistency" in line]
     for number, agreement in enumerate(agreements, 1):
         pairs = read_pairs(tmp_path / "run" / "pairs" / f"iteration-{number:04d}.parquet")

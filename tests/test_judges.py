@@ -15,9 +15,16 @@ from actors.judges.ensemble import Ensemble, build_ensemble
 from actors.judges.implicit import build_implicit
 from actors.judges.llm_judge import build_llm_judge
 from actors.judges.majority import build_majority
-from actors.judges.reliability import calibration_error, observed_agreement, truth_figures
+from actors.judges.reliability import (
+    Reliability,
+    calibration_error,
+    group_figures,
+    observed_agreement,
+    truth_figures,
+)
 from conf.schema import JudgeConfig, ScorerConfig
 from orchestrator.errors import ConfigError, JudgeError
+from orchestrator.scoring import PooledJudge
 from orchestrator.types import FinishReason, Score, ScoredGroup
 from tests.judges import ScriptedModel, group_of
 
@@ -249,9 +256,47 @@ def test_a_judge_is_measured_by_the_truth():
     truth = [scores_of(groups[0], 1, 0, 0), scores_of(groups[1], 1, 0)]
     found = truth_figures(guess, truth)
     assert found["judge/accuracy"] == pytest.approx((1 + 0 + 0.5) / 3)
-    # In bins of their own: |0.9 - 1|, |0.7 - 0|, |0.5 - 0.5|, a third of the comparisons each.
-    assert found["judge/calibration_error"] == pytest.approx((0.1 + 0.7 + 0.0) / 3)
+    # In bins of their own: |0.9 - 1| and |0.7 - 0|, half of the comparisons with a probability each.
+    assert found["judge/calibration_error"] == pytest.approx((0.1 + 0.7) / 2)
     assert truth_figures(guess, [scores_of(groups[0], 1, 1, 1), scores_of(groups[1], None, 1)]) == {}
+
+
+def test_a_judge_that_gives_no_probability_has_no_calibration():
+    group = group_of("a", "b", "c")
+    found = truth_figures([scores_of(group, 3, 1, 2)], [scores_of(group, 3, 2, 1)])
+    assert found == {"judge/accuracy": pytest.approx(2 / 3)}
+
+
+def test_the_best_win_rate_with_and_without_the_draw_with_itself():
+    """0 beats 1 by .9 and was not compared with 2; 2 beats 1 by .7 and is best of the second group with .8."""
+    first = fill_table(3, {(0, 1): 0.9, (0, 2): None, (1, 2): 0.3})
+    second = fill_table(3, {(0, 1): 0.5, (0, 2): 0.3, (1, 2): 0.1})
+    judged = [
+        scores_of(group_of("a", "b", "c"), 0.9, 0.2, 0.7, preferences=first),
+        scores_of(group_of("a", "b", "c"), 0.4, 0.3, 0.8, preferences=second),
+        scores_of(group_of("a"), None, preferences=((0.5,),)),
+    ]
+    found = group_figures(judged)
+    assert found["best_win_rate_without_self"] == pytest.approx((0.9 + 0.8) / 2)
+    assert found["best_win_rate"] == pytest.approx(((0.9 + 0.5) / 2 + (0.7 + 0.9 + 0.5) / 3) / 2)
+    assert "best_win_rate" not in group_figures([scores_of(group_of("a", "b"), 1, 0)])
+
+
+def test_scorers_behind_actors_report_what_other_judges_do():
+    scored = scores_of(group_of("a", "bb", "ccc"), 1, 2, None)
+
+    class Pool:
+        def map(self, call, work, **_):
+            return [scored for _ in work]
+
+    def metrics(reliability):
+        judge = PooledJudge("reward_model", Pool(), deadline_s=1, reliability=reliability)
+        assert judge.score([scored.group]) == [scored]
+        return judge.metrics(), judge.metrics()
+
+    figures = {"judge/abstained_fraction": pytest.approx(1 / 3), "judge/tie_fraction": 0, "judge/length_bias": 1}
+    assert metrics(Reliability()) == (figures, {})
+    assert metrics(None) == ({}, {})
 
 
 def test_calibration_error_is_zero_for_a_judge_as_sure_as_it_is_right():
@@ -266,18 +311,43 @@ def test_opinions_are_comparisons_or_the_order_of_scores():
     assert opinions(scores_of(group, 1, 2, 0)) == {(0, 1): 0.0, (0, 2): 1.0, (1, 2): 1.0}
 
 
-def test_a_judge_that_says_nothing_stops_the_run():
-    def score(limit):
+def test_a_judge_that_says_nothing_in_a_small_iteration_stops_the_run_at_its_report():
+    def report(limit):
         model = ScriptedModel(reply=lambda blocks, seed: "I would rather not" if len(blocks[1]) > 1 else "Score: 5")
         judge = build_llm_judge(JudgeConfig(votes=1, max_failed_fraction=limit), model, seed=0)
         judge.score([group_of("a", "bb", "ccc", "dddd")])
-        return judge
+        return judge.metrics()
 
-    assert score(0.75).metrics()["judge/parse_failure_fraction"] == 0.75
+    assert report(0.75)["judge/parse_failure_fraction"] == 0.75
     with pytest.raises(JudgeError) as caught:
-        score(0.7)
+        report(0.7)
     for part in ("llm_judge:", "3 of 4", "I would rather not", "judge.max_failed_fraction=0.7"):
         assert part in str(caught.value)
+
+
+def wave(number):
+    return group_of(*(f"{number} {letter}" for letter in "abcd"))
+
+
+def test_a_small_wave_does_not_stop_a_run_whose_judge_answers_mostly():
+    """Of each ten waves three are all garbage; the share is of the judgements since the last report."""
+
+    def reply(blocks, seed):
+        return "hm" if int(blocks[1].split()[0]) % 10 in (0, 4, 8) else "Score: 5"
+
+    judge = build_llm_judge(JudgeConfig(votes=1, max_failed_fraction=0.5), ScriptedModel(reply=reply), seed=0)
+    for iteration in range(2):
+        for number in range(10):
+            judge.score([wave(10 * iteration + number)])
+        assert judge.metrics()["judge/parse_failure_fraction"] == pytest.approx(0.3)
+
+
+def test_a_judge_that_never_answers_stops_within_the_iteration_however_small_its_waves():
+    judge = build_llm_judge(JudgeConfig(votes=1), ScriptedModel(reply=lambda blocks, seed: "hm"), seed=0)
+    for number in range(7):
+        judge.score([wave(number)])
+    with pytest.raises(JudgeError, match="no verdict in 32 of 32"):
+        judge.score([wave(7)])
 
 
 def test_every_figure_is_documented():

@@ -14,7 +14,6 @@ from conf.objectives import OBJECTIVES, is_coupled, needs_reference
 from conf.schema import LossConfig
 from learners.losses import LOSSES, STATEFUL, LossState, advance, concatenate, losses
 from learners.losses.bco import shifted
-from learners.losses.extras import exploration
 from learners.losses.labels import posterior
 from learners.schedule import learning_rate
 from orchestrator.errors import ConfigError
@@ -135,13 +134,12 @@ def test_golden_values_of_groups():
 
 
 def test_golden_values_of_exploration():
-    """Added: alpha beta h of what the policy said, and alpha log pi of the reference's sample."""
-    one = from_sums([-20, -20], [-20.4, -20.4], [10, 10], [(0, 1)], beta=0.01)
-    assert 0.674822 - 0.001 * exploration(one, LossConfig(exploration="selm")).item() == pytest.approx(
-        math.log1p(math.exp(-0.037)), abs=1e-6
-    )
-    bonus = 1e-5 * exploration(one, LossConfig(exploration="xpo")).item()
-    assert 0.525163 + bonus == pytest.approx(0.524963, abs=1e-6)
+    """DPO at Delta = 3.7, plus alpha beta h or alpha log pi of what the policy said: the pair's mean, 0.4 and -20."""
+    inputs = from_sums([-20, -20], [-22.25, -18.55], [10, 12], [(0, 1)])
+    with_selm = value(replace(inputs, beta=inputs.beta / 10), name="dpo", exploration="selm", exploration_weight=1e-3)
+    assert with_selm.item() == pytest.approx(0.674822, abs=1e-6)
+    with_xpo = value(inputs, name="dpo", exploration="xpo", exploration_weight=1e-5)
+    assert with_xpo.item() == pytest.approx(0.524963, abs=1e-6)
     whole = value(golden(), name="dpo", exploration="xpo", exploration_weight=1e-3).item()
     assert whole == pytest.approx(0.525163 - 1e-3 * 22.6, abs=1e-6)
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conf.schema import PairingConfig
+from conf.objectives import takes_sides
+from conf.schema import LossConfig, PairingConfig
 from orchestrator.errors import DataError
 from orchestrator.pairing import make_pairs
 from tests.records import PROMPT, V0, completion, scored
@@ -34,15 +35,35 @@ def test_best_worst_goes_inwards():
     assert counts.as_dict() == {"pairs": 2, "ties": 0, "abstentions": 1, "undecided": 0}
 
 
-def test_a_scorer_that_compares_labels_the_pair_or_leaves_it_unsaid():
-    table = ((0.5, 0.75, None), (0.25, 0.5, 0.5), (None, 0.5, 0.5))
-    group = replace(scored(0.9, 0.5, 0.1), preferences=table)
-    pairs, counts = make_pairs(group, PairingConfig(policy="all", max_pairs=9), reference=V0)
-    assert [(pair.chosen_score, pair.rejected_score, pair.label) for pair in pairs] == [
-        (0.9, 0.5, 0.75),
-        (0.5, 0.1, 0.5),
-    ]
-    assert (counts.pairs, counts.undecided) == (2, 1)
+TABLE = ((0.5, 0.75, None, 0.9), (0.25, 0.5, 0.5, 0.9), (None, 0.5, 0.5, 0.4), (0.1, 0.1, 0.6, 0.5))
+COMPARED = replace(scored(0.9, 0.6, 0.4, 0.2), preferences=TABLE)
+
+
+def labels_of(**loss):
+    """(chosen, rejected): label of the pairs of `COMPARED` under a loss, and the other counts."""
+    config = PairingConfig(policy="all", max_pairs=9)
+    pairs, counts = make_pairs(COMPARED, config, reference=V0, takes_sides=takes_sides(LossConfig(**loss)))
+    found = {tuple(map(int, pair.id.rpartition("/")[2].split(">"))): pair.label for pair in pairs}
+    assert len(found) == counts.pairs
+    return found, (counts.ties, counts.undecided)
+
+
+@pytest.mark.parametrize(
+    "loss", [{"labels": "soft"}, *({"name": name} for name in ("sppo", "gpo", "rebel", "irepo", "p3o", "nca", "pro"))]
+)
+def test_a_scorer_that_compares_labels_the_pair_or_leaves_it_unsaid(loss):
+    found, counts = labels_of(**loss)
+    assert found == {(0, 1): 0.75, (0, 3): 0.9, (1, 2): 0.5, (1, 3): 0.9, (2, 3): 0.4}
+    assert counts == (0, 1)
+
+
+@pytest.mark.parametrize("labels", ["hard", "robust", "posterior", "denoised"])
+@pytest.mark.parametrize("name", ["dpo", "simpo", "sppo_hard", "kto", "trpa"])
+def test_a_loss_that_takes_sides_gets_no_pair_that_the_scorer_itself_does_not_prefer(name, labels):
+    """Mean scores put 1 over 2 and 2 over 3: compared directly, the first are a tie and the second the other way."""
+    found, counts = labels_of(name=name, labels=labels)
+    assert found == {(0, 1): 0.75, (0, 3): 0.9, (1, 3): 0.9}
+    assert counts == (1, 2)
 
 
 def test_all_takes_the_widest_margins_first():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from random import Random
 
 import numpy as np
@@ -18,7 +17,7 @@ from launch.seeds import read_seeds
 from launch.tiny import make_tokenizer
 from learners.policy import Policy, load_model
 from learners.replay import Replay, seed_nll
-from orchestrator.errors import DataError
+from orchestrator.errors import ConfigError, DataError, JudgeError
 from orchestrator.prompts import Renderer
 from orchestrator.tasks.addition import AdditionTask, flawed_solution, worked_solution
 from orchestrator.types import FinishReason, SeedSequence
@@ -155,42 +154,85 @@ def test_a_step_replays_the_same_draw_and_another_step_another(policy):
 # The step judge
 
 
-def test_a_step_is_approved_of_by_the_probability_of_its_own_result_and_yes():
-    """Behind each line stand its own result and Y; what is read is the probability of both, and the mean of lines."""
-    seen = []
-
-    def favour(blocks, ending):
-        seen.append(ending)
-        return 0.0
-
-    model = ScriptedModel(favour=favour)
-    likely = {"06Y": (-0.1, -0.2, -0.3), "07Y": (-1.0, 0.0, -1.0), "046Y": (0.0, 0.0, -0.5, -0.5)}
+def judging(favour, **more):
+    """A judge of one token a character; `favour`: (written before, what stands next) -> its probability."""
+    model = ScriptedModel(**more)
 
     def logprobs(asked):
         model.sequences += asked
-        text = text_of((1, *asked[0][1]))
-        values = np.full(len(text), -9.0, np.float32)
-        for approval, numbers in likely.items():
-            start = text.index(f":{approval}") + 1
-            values[start : start + len(approval)] = numbers
-        return [values]
+        texts = [(text_of(prompt), text_of((1, *tokens))) for prompt, tokens in asked]
+        with np.errstate(divide="ignore"):
+            return [
+                np.log([favour(prompt + text[:at], sign) for at, sign in enumerate(text)]).astype(np.float32)
+                for prompt, text in texts
+            ]
 
     model.logprobs = logprobs
-    group = group_of("2+4+0=06\n1+3+0=07\n#046", prompt="12+34\n")
-    (scored,) = StepJudge(model, JudgeConfig()).score([group])
-    (prompt, completion) = model.sequences[0]
+    return model
+
+
+SOLUTION = "2+4+0=06\n1+3+0=07\n#046"
+
+
+def test_a_step_is_approved_of_by_the_probability_of_its_own_result_and_of_yes_among_the_verdicts():
+    """Behind each line stands its own result. Of the second the judge comes to another with .75, and says right of it
+    three times as often as wrong; half of the time it would say neither."""
+
+    def favour(before, sign):
+        second = before.endswith(("=07:", "=07:0", "=07:07"))
+        if sign in "YN":
+            return {"Y": 0.375, "N": 0.125}[sign] if second else {"Y": 0.8, "N": 0.2}[sign]
+        return 0.5 if second else 1.0
+
+    model = judging(favour)
+    (scored,) = StepJudge(model, JudgeConfig()).score([group_of(SOLUTION, prompt="12+34\n")])
+    (prompt, right), (same, wrong) = model.sequences
     assert text_of(prompt).startswith("J")
-    assert text_of((1, *completion)) == "2+4+0=06:06Y\n1+3+0=07:07Y\n#046:046Y"
-    expected = (math.exp(-0.6) + math.exp(-2.0) + math.exp(-1.0)) / 3
-    assert scored.scores[0].value == pytest.approx(expected)
+    assert prompt == same
+    assert text_of((1, *right)) == "2+4+0=06:06Y\n1+3+0=07:07Y\n#046:046Y"
+    assert text_of((1, *wrong)) == text_of((1, *right)).replace("Y", "N")
+    assert scored.scores[0].value == pytest.approx((0.8 + 0.25 * 0.75 + 0.8) / 3)
+
+
+def test_other_verdicts_can_be_named_and_must_differ_from_their_beginning():
+    model = judging(lambda before, sign: 0.5)
+    StepJudge(model, JudgeConfig(yes="+ok", no="-no")).score([group_of("a=1\n\nb")])
+    assert [text_of((1, *tokens)) for _, tokens in model.sequences] == [f"a=1:1{v}\n\nb:{v}" for v in ("+ok", "-no")]
+    for yes, no in (("Y", "Y"), ("no", "not"), ("Y", "")):
+        with pytest.raises(ConfigError, match=r"writes one as the beginning of the other"):
+            StepJudge(model, JudgeConfig(yes=yes, no=no))
+
+
+def test_a_judge_that_says_no_verdict_at_one_step_abstains_and_is_counted():
+    def favour(before, sign):
+        return 0.004 if sign in "YN" and "#" in before else 0.5
+
+    judge = StepJudge(judging(favour), JudgeConfig())
+    (scored,) = judge.score([group_of(SOLUTION, "2+4+0=06")])
+    assert scored.scores[0].value is None
+    assert "behind step 3 both verdicts together have probability 0.008" in scored.scores[0].reason
+    assert scored.scores[1].value == pytest.approx(0.5 * 0.5 * 0.5)
+    found = judge.metrics()
+    assert found["judge/parse_failure_fraction"] == found["judge/abstained_fraction"] == 0.5
+
+
+def test_a_step_judge_that_never_says_a_verdict_stops_the_run():
+    judge = StepJudge(judging(lambda before, sign: 1e-4 if sign in "YN" else 1.0), JudgeConfig())
+    judge.score([group_of("2+4+0=06")])
+    with pytest.raises(JudgeError, match=r"step_judge:.* no verdict in 1 of 1 .*behind step 1 both verdicts"):
+        judge.metrics()
 
 
 def test_a_completion_that_has_no_last_step_is_not_judged():
-    model = ScriptedModel(favour=lambda blocks, ending: 0.0)
-    (scored,) = StepJudge(model, JudgeConfig()).score([group_of("2+4+0=06", finish=FinishReason.LENGTH)])
+    model = judging(lambda before, sign: 0.5)
+    judge = StepJudge(model, JudgeConfig())
+    (scored,) = judge.score([group_of("2+4+0=06", finish=FinishReason.LENGTH)])
     assert scored.scores[0].value is None
     assert "did not end" in scored.scores[0].reason
+    (scored,) = judge.score([group_of("", "\n\n")])
+    assert [score.reason for score in scored.scores] == ["it has no step"] * 2
     assert model.sequences == []
-    small = ScriptedModel(favour=lambda blocks, ending: 0.0, max_length=12)
+    assert "judge/parse_failure_fraction" not in judge.metrics(), "the judge was not asked"
+    small = judging(lambda before, sign: 0.5, max_length=12)
     (scored,) = StepJudge(small, JudgeConfig()).score([group_of("2+4+0=06")])
     assert "longer than the context" in scored.scores[0].reason

@@ -31,12 +31,12 @@ def choose_mark(seed: int, texts: Sequence[str]) -> str:
 
     The same for the same texts in any order: both orders of a comparison differ in the order alone.
     """
-    plain = [_plain(text).casefold() for text in texts]
+    known = [plain(text).casefold() for text in texts]
     digests = sorted(hashlib.blake2b(text.encode("utf-8", "surrogatepass")).digest() for text in texts)
     for attempt in count():
         head = f"{seed}/{attempt}/".encode()
         mark = hashlib.blake2b(head + b"".join(digests), digest_size=8).hexdigest()
-        if not any(mark in text for text in plain):
+        if not any(mark in text for text in known):
             return mark
     raise AssertionError("count() does not end")
 
@@ -68,9 +68,9 @@ def neutralise(text: str, special_tokens: Sequence[str]) -> str:
     within) are first written plainly; texts without any are left as they are.
     """
     pattern = _pattern(tuple(special_tokens))
-    plain = _plain(text)
-    if pattern.search(plain):
-        text = plain
+    normalized = plain(text)
+    if pattern.search(normalized):
+        text = normalized
     while pattern.search(text):  # of tokens that overlap, one pass breaks the first
         text = pattern.sub(_broken, text)
     return text
@@ -88,8 +88,8 @@ def _broken(match: re.Match[str]) -> str:
     return f"{found[0]} {found[1:]}" if len(found) > 1 else "\N{REPLACEMENT CHARACTER}"
 
 
-def _plain(text: str) -> str:
-    """NFKC without invisible format characters."""
+def plain(text: str) -> str:
+    """A text as a normalizer may write it: NFKC without invisible format characters."""
     return text if text.isascii() else unicodedata.normalize("NFKC", text).translate(_invisible())
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from actors.judges.llm_judge import Questions
 from actors.judges.reading import Probabilities
-from actors.judges.reliability import Reliability, check_answering
+from actors.judges.reliability import Reliability
 from actors.judges.rubric import load_step_rubric
 
 if TYPE_CHECKING:
@@ -43,8 +43,7 @@ class LastStep:
         self._questions = Questions(rubric, CLOSING, model, seed)
         self._reader = Probabilities(model, HEAD, VALUES)
         self._show_answer = search.show_answer
-        self._max_failed_fraction = judge.max_failed_fraction
-        self._reliability = Reliability()
+        self._reliability = Reliability(judge.max_failed_fraction)
         self._name = f"last_step:{rubric.digest}"
         self._model = model
 
@@ -60,8 +59,7 @@ class LastStep:
             JudgeError: it gave next to none at all.
         """
         readings = self._reader.read([self._question(prompt, text) for prompt, text in states])
-        self._reliability.votes(readings)
-        check_answering(self.name, readings, self._max_failed_fraction)
+        self._reliability.votes(self.name, readings)
         return [verdict.value for (verdict,) in readings]
 
     def metrics(self) -> dict[str, float]:

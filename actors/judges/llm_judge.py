@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from actors.judges.comparisons import fill_table, mean_wins, sign_of
 from actors.judges.fence import choose_mark, explain, fenced
 from actors.judges.reading import Probabilities, Words
-from actors.judges.reliability import Reliability, check_answering
+from actors.judges.reliability import Reliability
 from actors.judges.rubric import load_rubric
 from actors.judges.verdicts import MAX_POINTS, parse_choice, parse_score
 from orchestrator.errors import ConfigError
@@ -68,15 +68,14 @@ class LlmJudge:
         model: the judge.
         questions: writes what it is asked.
         reader: asks it.
-        max_failed_fraction: of the votes of a wave that may be unreadable; more stop the run.
+        max_failed_fraction: of the votes between two reports that may be unreadable; more stop the run.
     """
 
     def __init__(
         self, name: str, model: TextModel, questions: Questions, reader: Reader, *, max_failed_fraction: float
     ) -> None:
         self._name, self._model, self._questions, self._reader = name, model, questions, reader
-        self._max_failed_fraction = max_failed_fraction
-        self._reliability = Reliability()
+        self._reliability = Reliability(max_failed_fraction)
 
     @property
     def name(self) -> str:
@@ -90,8 +89,7 @@ class LlmJudge:
 
     def _read(self, questions: Sequence[str]) -> list[tuple[Verdict, ...]]:
         readings = self._reader.read(questions)
-        self._reliability.votes(readings)
-        check_answering(self.name, readings, self._max_failed_fraction)
+        self._reliability.votes(self.name, readings)
         return readings
 
 

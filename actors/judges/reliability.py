@@ -20,27 +20,43 @@ if TYPE_CHECKING:
 
 _BINS = 10
 """Of the calibration error."""
+ENOUGH_VOTES = 32
+"""From so many on, the share of failures says something of the judge before its iteration is over."""
 
 
 class Reliability:
-    """Collects a judge's verdicts and scored groups between two reports."""
+    """Collects a judge's verdicts and scored groups between two reports.
 
-    def __init__(self) -> None:
+    Args:
+        max_failed_fraction: of the votes between two reports that may give no verdict; see `JudgeConfig`.
+    """
+
+    def __init__(self, max_failed_fraction: float = 1.0) -> None:
+        self._max_failed_fraction = max_failed_fraction
         self._start()
 
     def _start(self) -> None:
         self._readable: list[bool] = []
+        self._judge = self._failure = ""
         self._agreements: list[float] = []
         self._orders: list[tuple[float, float]] = []
         self._judged: list[ScoredGroup] = []
 
-    def votes(self, readings: Iterable[Sequence[Verdict]]) -> None:
-        """Takes the votes on some questions."""
+    def votes(self, judge: str, readings: Iterable[Sequence[Verdict]]) -> None:
+        """Takes the votes of `judge` on some questions.
+
+        Raises:
+            JudgeError: of `ENOUGH_VOTES` since the last report, too many gave no verdict.
+        """
+        self._judge = judge
         for votes in readings:
             values = [vote.value for vote in votes if vote.value is not None]
             self._readable += [vote.value is not None for vote in votes]
+            self._failure = next((vote.failure for vote in reversed(votes) if vote.value is None), self._failure)
             if len(values) > 1:
                 self._agreements.append(observed_agreement(values))
+        if len(self._readable) >= ENOUGH_VOTES:
+            self._check_answering()
 
     def orders(self, shown: float, swapped: float) -> None:
         """Takes one comparison in both orders: each time, the probability that the answer shown first wins."""
@@ -51,7 +67,12 @@ class Reliability:
         self._judged += scored
 
     def report(self, *, cache_hits: int = 0) -> dict[str, float]:
-        """The figures under `judge/` since the last report, of whose votes `cache_hits` needed no asking."""
+        """The figures under `judge/` since the last report, of whose votes `cache_hits` needed no asking.
+
+        Raises:
+            JudgeError: too many of the votes, however few they are, gave no verdict.
+        """
+        self._check_answering()
         found = group_figures(self._judged)
         if self._readable:
             found["parse_failure_fraction"] = 1 - fmean(self._readable)
@@ -66,9 +87,20 @@ class Reliability:
         self._start()
         return {f"judge/{name}": value for name, value in found.items()}
 
+    def _check_answering(self) -> None:
+        """Stops a run whose judge says next to nothing that can be used."""
+        failed, votes = self._readable.count(False), len(self._readable)
+        if failed > self._max_failed_fraction * votes:
+            raise JudgeError(
+                f"{self._judge} gave no verdict in {failed} of {votes} judgements (judge.max_failed_fraction="
+                f"{self._max_failed_fraction:g}). Latest: {self._failure}. Mend the rubric, take an abler judge.model"
+                " (a step_judge must have been taught), raise judge.max_tokens, or read judge.verdict=probability,"
+                " which needs no words"
+            )
+
 
 def group_figures(judged: Sequence[ScoredGroup]) -> dict[str, float]:
-    """Abstentions, ties and the bias for length of scored groups, names without `judge/`."""
+    """Abstentions, ties, the bias for length and the best win rates of scored groups, names without `judge/`."""
     if not judged:
         return {}
     found: dict[str, float] = {}
@@ -87,7 +119,23 @@ def group_figures(judged: Sequence[ScoredGroup]) -> dict[str, float]:
     ]
     if told := [side > 0 for side in sides if side]:
         found["length_bias"] = 2 * fmean(told) - 1
+    if best := [rates for scored in judged if (rates := _best_win_rates(scored))]:
+        found["best_win_rate"], found["best_win_rate_without_self"] = map(fmean, zip(*best, strict=True))
     return found
+
+
+def _best_win_rates(scored: ScoredGroup) -> tuple[float, float] | None:
+    """How often the completion with the highest score wins over its group: with its draw with itself, and without.
+
+    None where the judge compared nothing. Of equal scores the one that wins more often counts.
+    """
+    rates = [
+        (score.value, fmean([0.5, *others]), fmean(others))
+        for i, (score, row) in enumerate(zip(scored.scores, scored.preferences or (), strict=False))
+        if (others := [first for j, first in enumerate(row) if j != i and first is not None])
+        and score.value is not None
+    ]
+    return max(rates)[1:] if rates else None
 
 
 def _length(scored: ScoredGroup, index: int) -> int:
@@ -103,8 +151,9 @@ def truth_figures(judged: Sequence[ScoredGroup], truth: Sequence[ScoredGroup]) -
     """How often the judge orders two completions as the truth does, and whether it is as sure as it is right.
 
     `judge/accuracy` counts a judge's tie as half right. `judge/calibration_error` is the expected calibration error
-    (Guo et al. 2017, arXiv:1706.04599, eq. 3; ten bins) of its probability for the answer that it prefers. Only
-    comparisons that both decide, and that are no tie in truth, count.
+    (Guo et al. 2017, arXiv:1706.04599, eq. 3; ten bins) of its probability for the answer that it prefers, left out for
+    a judge that orders by scores and gives no probability. Only comparisons that both decide, and that are no tie in
+    truth, count.
 
     Args:
         judged: by the judge.
@@ -120,10 +169,10 @@ def truth_figures(judged: Sequence[ScoredGroup], truth: Sequence[ScoredGroup]) -
                 continue
             right = 1 - abs(sign_of(first, 0.5) - sign_of(actual, 0.5))
             rights.append(right)
-            sure.append((max(first, 1 - first), right))
-    if not rights:
-        return {}
-    return {"judge/accuracy": fmean(rights), "judge/calibration_error": calibration_error(sure)}
+            if guess.preferences is not None:
+                sure.append((max(first, 1 - first), right))
+    found = {"judge/accuracy": fmean(rights)} if rights else {}
+    return found | ({"judge/calibration_error": calibration_error(sure)} if sure else {})
 
 
 def calibration_error(sure: Sequence[tuple[float, float]]) -> float:
@@ -137,24 +186,3 @@ def calibration_error(sure: Sequence[tuple[float, float]]) -> float:
         bins.setdefault(min(int((confidence - 0.5) * 2 * _BINS), _BINS - 1), []).append((confidence, right))
     gaps = (abs(sum(confidence - right for confidence, right in members)) for members in bins.values())
     return sum(gaps) / len(sure)
-
-
-def check_answering(judge: str, readings: Sequence[Sequence[Verdict]], limit: float) -> None:
-    """Stops a run whose judge says next to nothing that can be used.
-
-    Args:
-        judge: its name.
-        readings: the votes on each question of a wave.
-        limit: `judge.max_failed_fraction`.
-
-    Raises:
-        JudgeError: a larger share of the votes than `limit` gave no verdict.
-    """
-    votes = [vote for reading in readings for vote in reading]
-    failures = [vote.failure for vote in votes if vote.value is None]
-    if len(failures) > limit * len(votes):
-        raise JudgeError(
-            f"{judge} gave no verdict in {len(failures)} of {len(votes)} judgements (judge.max_failed_fraction="
-            f"{limit:g}). Latest: {failures[-1]}. Mend the rubric, take an abler judge.model, raise judge.max_tokens,"
-            " or read judge.verdict=probability, which needs no words"
-        )
