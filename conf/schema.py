@@ -190,6 +190,12 @@ class JudgeConfig:
         " their mean scores, as the released code of SPPO has it",
         choices=("pairwise", "aggregated"),
     )
+    score: str = knob(
+        "win_rate",
+        "preference_model: a completion's score is its mean probability of winning, or its mean logit of winning, which"
+        " loss=gpo regresses to",
+        choices=("win_rate", "mean_logit"),
+    )
     num_actors: int = knob(1, "engines of the judge's own pool", low=1)
     gpus_per_actor: float = knob(0, "GPUs of one engine of its own pool, or of one preference or reward model", low=0)
     deadline_s: float = knob(600, "one wave of judgements must be done after so long", above=0)
@@ -219,6 +225,20 @@ class SearchConfig:
     negative: str = knob("worst", "against the best step: the worst, or any other", choices=("worst", "random"))
     min_gap: float = knob(0.0, "smallest difference of Q of a pair, in units of score", low=0)
     max_pairs: int = knob(8, "pairs of one tree at most", low=1)
+    evaluation_weight: float = knob(
+        0.0,
+        "w of a finished solution's value, score + w P(its last step is right), by the word of the judge's model"
+        " (judge.engine); with discount below 1 the states before it have the value w P too; 0: nobody is asked",
+        low=0,
+    )
+    rubric: str | None = knob(None, "text file that asks about the last step; None: the packaged one")
+    show_answer: bool = knob(
+        False, "the evaluation is shown the reference answer, as in the released code: no longer free of labels"
+    )
+    depth_penalty: bool = knob(False, "P is divided by depth - 3 of deeper states, as in the released code")
+    min_score: float | None = knob(
+        None, "trees whose own solution scores less make no pair (the released code's filter, off there)"
+    )
     span: str = knob(
         "step", "what is compared: the step with what always followed, or the whole rest", choices=("step", "rollout")
     )

@@ -186,6 +186,14 @@ def _objective(config: Config) -> Iterator[Problem]:
             " choose scorer=preference_model, a pairwise llm_judge, or loss=sppo_hard"
         )
         yield Problem("loss.name", message)
+    if loss.name == "gpo" and (config.scorer.kind != "preference_model" or config.judge.score != "mean_logit"):
+        message = (
+            "loss.name=gpo: regresses to mean logits of winning: choose scorer=preference_model judge.score=mean_logit"
+        )
+        yield Problem("loss.name", message)
+    if loss.name == "sppo" and config.scorer.kind == "preference_model" and config.judge.score != "win_rate":
+        message = f"judge.score={config.judge.score}: loss.name=sppo regresses to win rates: leave it at win_rate"
+        yield Problem("judge.score", message)
 
 
 def _searching(config: Config) -> Iterator[Problem]:
@@ -196,6 +204,13 @@ def _searching(config: Config) -> Iterator[Problem]:
         yield Problem(
             "search.separator", "search.separator: is empty: give the text that ends a step, such as a newline"
         )
+    search = config.search
+    for key, default in (("rubric", None), ("show_answer", False), ("depth_penalty", False)):
+        if getattr(search, key) != default and not search.evaluation_weight:
+            message = f"{getattr(search, key)}: nobody is asked about steps: set search.evaluation_weight"
+            yield Problem(f"search.{key}", f"search.{key}={message}")
+    if search.show_answer and config.task.kind == "prompts" and config.task.answer_field is None:
+        yield Problem("search.show_answer", "search.show_answer=true: there are no answers: set task.answer_field")
     compares = {"preference_model", "majority", "ensemble"}
     if config.scorer.kind in compares or (config.scorer.kind == "llm_judge" and config.judge.style == "pairwise"):
         message = (
@@ -282,7 +297,8 @@ def pooled_kinds(config: Config) -> tuple[str, ...]:
 def has_own_judge(config: Config) -> bool:
     """Whether a judge has engines of its own, with weights that never change."""
     kinds = judge_kinds(config)
-    return "implicit" in kinds or (config.judge.engine == "own" and not {"llm_judge", "step_judge"}.isdisjoint(kinds))
+    asked = not {"llm_judge", "step_judge"}.isdisjoint(kinds) or config.search.evaluation_weight > 0
+    return "implicit" in kinds or (config.judge.engine == "own" and asked)
 
 
 def cpus_needed(config: Config) -> float:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from actors.judges.ensemble import build_ensemble
 from actors.judges.implicit import build_implicit
+from actors.judges.last_step import LastStep
 from actors.judges.llm_judge import build_llm_judge
 from actors.judges.majority import build_majority
 from actors.judges.reliability import Reliability
@@ -47,6 +48,13 @@ class Judges:
     def examiner(self, judge: Judge) -> Judge:
         """The one whose word evaluations report: a verifier, or the `judge` that trains where that was asked for."""
         return judge if self._config.evaluation.scorer == "judge" else self._build("verifier")
+
+    def evaluator(self) -> LastStep | None:
+        """The one that a search asks about single steps, where it asks anybody."""
+        config = self._config
+        if not config.search.evaluation_weight:
+            return None
+        return LastStep(self._reader(), config.search, config.judge, config.seed)
 
     def _build(self, kind: str) -> Judge:
         config = self._config

@@ -124,7 +124,7 @@ def inspect_model(folder: Path) -> ModelShape:
     except ModelError as error:
         complaints.append(str(error))
     try:
-        num_parameters = _count_parameters(folder)
+        num_parameters = count_parameters(folder)
     except ModelError as error:
         complaints.append(str(error))
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -163,7 +163,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _count_parameters(folder: Path) -> int:
+def count_parameters(folder: Path) -> int:
+    """Of all tensors in a folder's safetensors, whatever kind of model it holds.
+
+    Raises:
+        ModelError: there are none, or one of the files is missing, damaged or cut short.
+    """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         weight_map = read_json(index).get("weight_map")

@@ -140,10 +140,13 @@ def _check_scorer(config: Config, task: Task | None) -> None:
     from actors.judges import build_scorer
     from actors.judges.llm_judge import check_llm_judge
     from actors.judges.majority import build_majority
+    from actors.judges.rubric import load_step_rubric
 
     kinds = config.judge.members if config.scorer.kind == "ensemble" else [config.scorer.kind]
     if "llm_judge" in kinds:
         check_llm_judge(config.judge, config.model.max_length)
+    if config.search.evaluation_weight:
+        load_step_rubric(config.search)
     if "majority" in kinds:
         build_majority(config.scorer)
     if config.evaluation.scorer == "judge" and config.scorer.kind != "verifier":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from conf.validate import has_own_judge, pooled_kinds
 from launch import machines
 from launch.judge_models import TRAINED_KINDS
-from launch.model_files import find_model, inspect_model
+from launch.model_files import count_parameters, find_model, inspect_model
 from orchestrator.errors import ResourceError
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def _judge_bytes(config: Config) -> int:
     """fp32 weights of the judge's own model; a tiny one is made when there is none."""
     if config.judge.model is None:
         return 0
-    return inspect_model(find_model(config.judge.model, "judge.model")).num_parameters * 4
+    return count_parameters(find_model(config.judge.model, "judge.model")) * 4
 
 
 def _judge_engines(config: Config, shape: ModelShape) -> list[Need]:

@@ -89,8 +89,9 @@ def _with_absolute_paths(config: Config) -> Config:
         rubric=whole(config.judge.rubric),
         principles=whole(config.judge.principles),
     )
+    search = replace(config.search, rubric=whole(config.search.rubric))
     learner = replace(config.learner, replay_path=whole(config.learner.replay_path))
-    return replace(config, model=model, task=task, judge=judge, learner=learner)
+    return replace(config, model=model, task=task, judge=judge, search=search, learner=learner)
 
 
 def _lasting(config: Config) -> dict[str, Any]:
@@ -106,8 +107,8 @@ def _lasting(config: Config) -> dict[str, Any]:
 def _identity(config: Config) -> str:
     """Of the lasting settings and of the files they name: other prompts under the same name make another run."""
     digest = hashlib.sha256(json.dumps(_lasting(config)).encode())
-    task, judge = config.task, config.judge
-    for path in (task.path, task.test_path, judge.rubric, judge.principles, config.learner.replay_path):
+    task, judge, others = config.task, config.judge, (config.search.rubric, config.learner.replay_path)
+    for path in (task.path, task.test_path, judge.rubric, judge.principles, *others):
         if path is not None:
             digest.update(Path(path).read_bytes())
     return digest.hexdigest()[:16]

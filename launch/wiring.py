@@ -48,7 +48,7 @@ def build_context(config: Config, inputs: Inputs, model_dir: Path, *, ledger: Le
     rollouts, store = Rollouts(roles, config, tracker), Store(inputs.run_dir)
     collector: Collector = SampleCollector(config, rollouts, judge, store)
     if config.search.kind == "mcts":
-        collector = TreeCollector(config, rollouts, judge, store, inputs.tokenizer)
+        collector = TreeCollector(config, rollouts, judge, store, inputs.tokenizer, judges.evaluator())
     return Context(
         config=config,
         run_dir=inputs.run_dir,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from orchestrator.tasks.base import Message
-    from orchestrator.types import Completion, GenerationRequest, RolloutGroup, ScoredGroup
+    from orchestrator.types import Completion, GenerationRequest, Prompt, RolloutGroup, ScoredGroup
 
     Tokens = tuple[int, ...]
 
@@ -44,6 +44,20 @@ class Judge(Protocol):
         Raises:
             JudgeError: next to none of these judgements could be used.
         """
+
+
+class StateEvaluator(Protocol):
+    """Says how probably the last step of a solution, finished or not, is right."""
+
+    def evaluate(self, states: Sequence[tuple[Prompt, str]]) -> list[float | None]:
+        """P(right) of (prompt, solution so far) each; None where nothing could be read.
+
+        Raises:
+            AgonError: it failed as a whole.
+        """
+
+    def metrics(self) -> dict[str, float]:
+        """Of the evaluations since the last call, for `search/`."""
 
 
 class EarlierPolicy(Protocol):

@@ -4,17 +4,18 @@
                 -> every tree grows
 
 A rollout goes on from the tokens of its leaf, whose keys and values the engine's prefix cache still holds, to the end
-of the solution. A wave has as many requests as trees times leaves in flight, so that engines run full to the last wave.
+of the solution. A wave has as many requests as trees times leaves in flight, and fewer when trees are done.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from actors.search.mcts import cancel, grow, revisit, select
-from actors.search.pairs import continuation, step_pairs
+from actors.search.pairs import best_path, continuation, step_pairs
 from actors.search.steps import split_steps
 from actors.search.tree import Node, Tree
 from orchestrator.collecting import Collected
@@ -32,11 +33,12 @@ from orchestrator.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from actors.search.pairs import StepPair
+    from actors.search.tree import Step
     from conf.schema import Config
-    from orchestrator.judging import Judge
+    from orchestrator.judging import Judge, StateEvaluator
     from orchestrator.prompts import PromptTokenizer
     from orchestrator.rollouts import Rollouts
     from orchestrator.store import Store
@@ -52,16 +54,24 @@ class TreeCollector:
         judge: scores finished solutions. It is asked about whole rollouts and never shown a tree.
         store: where rollouts and trees are kept.
         tokenizer: of the policy.
+        evaluator: says of solutions how probably their last step is right (`search.evaluation_weight`); None: nobody.
     """
 
     def __init__(
-        self, config: Config, rollouts: Rollouts, judge: Judge, store: Store, tokenizer: PromptTokenizer
+        self,
+        config: Config,
+        rollouts: Rollouts,
+        judge: Judge,
+        store: Store,
+        tokenizer: PromptTokenizer,
+        evaluator: StateEvaluator | None = None,
     ) -> None:
         self._config = config
         self._rollouts = rollouts
         self._judge = judge
         self._store = store
         self._tokenizer = tokenizer
+        self._evaluator = evaluator
         self._ends = step_ends(tokenizer, config.search.separator)
 
     def collect(self, prompts: Sequence[Prompt], iteration: int, reference: PolicyVersion) -> Collected:
@@ -76,10 +86,11 @@ class TreeCollector:
         self._store.write_trees(iteration, [(search.prompt, search.tree) for search in searches], self._text)
         pairs: list[PreferencePair] = []
         counts: Counter[str] = Counter()
-        for search in searches:
-            found = step_pairs(search.tree, self._config.search, search.seed)
-            counts["ties"] += sum(len(node.children) > 1 for node in search.tree.walk()) - len(found)
-            counts["abstentions"] += sum(score.value is None for score in search.scores)
+        counts["abstentions"] = sum(score.value is None for search in searches for score in search.scores)
+        good = [search for search in searches if search.good_enough()]
+        for search in good:
+            found, ties = step_pairs(search.tree, self._config.search, search.seed)
+            counts["ties"] += ties
             pairs += [self._pair(search, pair, reference) for pair in found]
         counts["pairs"] = len(pairs)
         return Collected(
@@ -87,7 +98,9 @@ class TreeCollector:
             pairs=pairs,
             counts=counts,
             tokens=sum(search.tree.tokens for search in searches),
-            metrics=_metrics([search.tree for search in searches], pairs, waves),
+            metrics=_metrics([search.tree for search in searches], pairs, waves)
+            | {"search/poor_trees": float(len(searches) - len(good))}
+            | (self._evaluator.metrics() if self._evaluator else {}),
         )
 
     def _simulate(self, wave: list[tuple[_Search, Node]], what: str) -> None:
@@ -107,11 +120,46 @@ class TreeCollector:
             )
             for own in by_search.values()
         ]
+        scores: dict[int, Score] = {}
         for own, scored in zip(by_search.values(), self._judge.score(groups), strict=True):
-            for index, score in zip(own, scored.scores, strict=True):
-                search, node = wave[index]
-                search.scorer = scored.scorer
-                search.take(node, answers[index], whole[index], score, self._ends)
+            scores |= zip(own, scored.scores, strict=True)
+            wave[own[0]][0].scorer = scored.scorer
+        steps = {
+            index: split_steps(answer, self._ends)
+            for index, answer in enumerate(answers)
+            if answer.token_ids and answer.finish_reason is not FinishReason.ABORTED and scores[index].value is not None
+        }
+        values = self._evaluate(wave, steps)
+        for index, (search, node) in enumerate(wave):
+            search.take(node, answers[index], whole[index], scores[index], steps.get(index, []), values.get(index))
+
+    def _evaluate(self, wave: list[tuple[_Search, Node]], steps: Mapping[int, list[Step]]) -> dict[int, list[float]]:
+        """Of each rollout, w P(right) of the states that its steps lead to; none where the judge was silent on one.
+
+        Where nothing is discounted, what is said of the states between cancels out of Q: Q(c) = W(c) - v(parent) with
+        W = v + V, and W of a state is the mean of W over its children. So only the end is asked about then.
+        """
+        config = self._config.search
+        values: dict[int, list[float | None]] = {index: [0.0] * len(taken) for index, taken in steps.items()}
+        if self._evaluator is not None:
+            places = [
+                (index, place)
+                for index, taken in steps.items()
+                for place in range(len(taken))
+                if config.discount < 1 or place == len(taken) - 1
+            ]
+            states = [
+                (wave[index][0].prompt, self._text(_tokens_after(wave[index], steps[index][: place + 1])))
+                for index, place in places
+            ]
+            for (index, place), right in zip(places, self._evaluator.evaluate(states), strict=True):
+                penalty = depth_penalty(wave[index][1].depth + place) if config.depth_penalty else 1
+                values[index][place] = None if right is None else config.evaluation_weight * right / penalty
+        return {
+            index: known
+            for index, found in values.items()
+            if len(known := [value for value in found if value is not None]) == len(found)
+        }
 
     def _solution(self, tree: Tree, node: Node, answer: Completion) -> Completion:
         """The whole solution, from the prompt on, that ends with the rollout `answer` from `node`."""
@@ -174,6 +222,8 @@ class _Search:
         self.completions: list[Completion] = []
         self.scores: list[Score] = []
         self.finish: dict[int, FinishReason] = {}
+        self.outcomes: dict[int, float] = {}
+        """Scores of finished solutions, by node."""
         self.scorer = ""
         self._config = config
         self._started = 0
@@ -201,15 +251,38 @@ class _Search:
             seed=derive_seed(self.seed, self._started),
         )
 
-    def take(self, node: Node, answer: Completion, whole: Completion, score: Score, ends: frozenset[int]) -> None:
-        """Grows the tree by a rollout; one that the judge did not score leaves no node and no value behind."""
+    def take(
+        self,
+        node: Node,
+        answer: Completion,
+        whole: Completion,
+        score: Score,
+        steps: Sequence[Step],
+        values: Sequence[float] | None,
+    ) -> None:
+        """Grows the tree by a rollout.
+
+        Args:
+            node: where the rollout began.
+            answer: the rollout.
+            whole: the solution that ends with it.
+            score: of the solution.
+            steps: of the rollout.
+            values: beside the score, of the states that the steps lead to; None where something was left unsaid: then
+                the rollout leaves no node and no value behind.
+        """
         self.completions.append(whole)
         self.scores.append(score)
-        if score.value is None or answer.finish_reason is FinishReason.ABORTED or not answer.token_ids:
+        if values is None or score.value is None:
             cancel(self.tree, node, len(answer.token_ids))
             return
-        end = grow(self.tree, node, split_steps(answer, ends), score.value, self._config.search)
-        self.finish[end.index] = answer.finish_reason
+        end = grow(self.tree, node, steps, score.value + values[-1], self._config.search, values[:-1])
+        self.finish[end.index], self.outcomes[end.index] = answer.finish_reason, score.value
+
+    def good_enough(self) -> bool:
+        """Whether the tree's own solution scores `search.min_score` or more."""
+        least = self._config.search.min_score
+        return least is None or self.outcomes.get(best_path(self.tree)[-1].index, -math.inf) >= least
 
     def scored(self) -> ScoredGroup:
         """Every rollout with its score."""
@@ -217,6 +290,17 @@ class _Search:
             prompt=self.prompt, completions=tuple(self.completions), iteration=self.iteration, seed=self.seed
         )
         return ScoredGroup(group=group, scores=tuple(self.scores), scorer=self.scorer)
+
+
+def depth_penalty(before: int) -> int:
+    """What the released code divides P(right) of a step by, `before` being the depth of the state that it leaves."""
+    return max(before - 3, 1)
+
+
+def _tokens_after(leaf: tuple[_Search, Node], steps: Sequence[Step]) -> tuple[int, ...]:
+    """Of all steps to the leaf, and of those from there."""
+    search, node = leaf
+    return search.tree.tokens_to(node) + tuple(token for step in steps for token in step.tokens)
 
 
 def step_ends(tokenizer: PromptTokenizer, separator: str) -> frozenset[int]:

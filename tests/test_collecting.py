@@ -19,7 +19,7 @@ from orchestrator.collecting import SampleCollector
 from orchestrator.errors import JudgeError
 from orchestrator.evaluation import anchor_figures
 from orchestrator.rollouts import Draw, Roles, Rollouts, sampling_of
-from orchestrator.searching import TreeCollector
+from orchestrator.searching import TreeCollector, depth_penalty
 from orchestrator.store import Store, read_pairs, read_rollouts
 from orchestrator.tasks.addition import AdditionTask
 from orchestrator.types import Completion, FinishReason, Prompt, Score, ScoredGroup
@@ -251,10 +251,24 @@ def test_a_judge_is_measured_where_the_truth_is_known():
 # Trees
 
 
-def search(tmp_path, judge, *overrides, count=6):
+class Evaluating:
+    """Finds the last line of a solution as probably right as its length in hundredths; may be silent on some."""
+
+    def __init__(self, silent=()):
+        self.silent, self.asked = silent, []
+
+    def evaluate(self, states):
+        self.asked += [text for _, text in states]
+        return [None if text.endswith(tuple(self.silent)) else len(text) / 100 for _, text in states]
+
+    def metrics(self):
+        return {"search/evaluation_parse_failure_fraction": 0.0}
+
+
+def search(tmp_path, judge, *overrides, count=6, evaluator=None):
     config = compose(["recipe=mcts_dpo", "search.states=tree", "search.min_gap=0", *overrides])
     rollouts, roles = rollouts_of(config, generate=adding())
-    collector = TreeCollector(config, rollouts, judge, Store(tmp_path), TOKENIZER)
+    collector = TreeCollector(config, rollouts, judge, Store(tmp_path), TOKENIZER, evaluator)
     return config, roles.generators, collector.collect(problems(count), 1, V0)
 
 
@@ -334,3 +348,66 @@ def test_a_token_budget_ends_a_search(tmp_path):
     _, _, collected = search(tmp_path, Checking(), "search.simulations=1000", "search.max_tokens=200")
     # What was out when the budget ended: at most 4 rollouts of at most 43 tokens.
     assert 200 <= collected.metrics["search/tokens_mean"] < 200 + 4 * 43
+
+
+def nodes_of(tmp_path):
+    """Rows of the trees with their solution so far."""
+    rows = pq.read_table(tmp_path / "trees" / "iteration-0001.parquet").to_pylist()
+    by_place = {(row["prompt_id"], row["node"]): row for row in rows}
+    for row in rows:
+        above = by_place[row["prompt_id"], row["parent"]]["solution"] if row["parent"] is not None else ""
+        row["solution"] = above + row["text"]
+    return rows
+
+
+def test_the_value_of_a_solution_is_its_score_and_what_its_last_step_is_worth(tmp_path):
+    evaluator = Evaluating()
+    _, _, collected = search(tmp_path, Checking(), "search.evaluation_weight=0.5", evaluator=evaluator)
+    scores = {
+        (group.group.prompt.id, c.text): score.value
+        for group in collected.scored
+        for c, score in zip(group.group.completions, group.scores, strict=True)
+    }
+    rows = nodes_of(tmp_path)
+    for row in rows:
+        expected = 0.0
+        if row["terminal"]:
+            expected = scores[row["prompt_id"], row["solution"]] + 0.5 * len(row["solution"]) / 100
+        assert row["value"] == pytest.approx(expected)
+    assert set(evaluator.asked) == {row["solution"] for row in rows if row["terminal"]}, "what lies between cancels out"
+    assert "search/evaluation_parse_failure_fraction" in collected.metrics
+
+
+def test_every_state_is_evaluated_where_the_future_is_discounted(tmp_path):
+    settings = ("search.evaluation_weight=0.5", "search.discount=0.9")
+    search(tmp_path, Checking(), *settings, evaluator=Evaluating())
+    between = [row for row in nodes_of(tmp_path) if row["node"] and not row["terminal"]]
+    assert between
+    for row in between:
+        assert row["value"] == pytest.approx(0.5 * len(row["solution"]) / 100)
+
+
+def test_the_released_codes_penalty_begins_five_states_down():
+    """max(depth of the state before - 3, 1)."""
+    assert [depth_penalty(before) for before in range(7)] == [1, 1, 1, 1, 1, 2, 3]
+
+
+def test_a_rollout_whose_last_step_nobody_judged_leaves_no_node(tmp_path):
+    evaluator = Evaluating(silent=("1", "2", "3"))
+    _, _, collected = search(tmp_path, Checking(), "search.evaluation_weight=1", evaluator=evaluator)
+    ends = {row["text"][-1] for row in nodes_of(tmp_path) if row["terminal"]}
+    assert ends
+    assert not ends & {"1", "2", "3"}
+    assert any(c.text[-1] in "123" for group in collected.scored for c in group.group.completions)
+
+
+def test_trees_whose_own_solution_is_wrong_can_be_left_out(tmp_path):
+    _, _, every = search(tmp_path / "a", Checking(), "search.max_pairs=99", "search.simulations=4")
+    _, _, good = search(
+        tmp_path / "b", Checking(), "search.max_pairs=99", "search.simulations=4", "search.min_score=0.8"
+    )
+    left_out = good.metrics["search/poor_trees"]
+    assert 0 < left_out < 6
+    kept = {pair.prompt.id.split("#")[0] for pair in good.pairs}
+    assert len(kept) <= 6 - left_out
+    assert good.pairs == [pair for pair in every.pairs if pair.prompt.id.split("#")[0] in kept]

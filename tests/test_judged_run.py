@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pyarrow.parquet as pq
 import pytest
 
 from orchestrator.store import read_pairs, read_rollouts
@@ -56,6 +57,23 @@ def test_a_policy_that_cannot_say_a_verdict_stops_with_the_reason(folder, capsys
     assert summary["status"] == "failed"
     assert "gave no verdict in" in summary["error"]
     assert "judge.max_failed_fraction=0.95" in capsys.readouterr().err
+
+
+def test_a_search_that_evaluates_its_own_steps(folder, monkeypatch):
+    """The policy says of each finished solution how probably its last step is right; a verifier of the outcome."""
+    monkeypatch.setattr("actors.judges.reading.MIN_MASS", 1e-4)  # of what a random model is about to say
+    settings = {"recipe": "mcts_dpo", "evaluation__scorer": "verifier", "scorer__verifier": "function"}
+    settings |= {"scorer__function": "tests.scoring.variety", "search__simulations": 6, "search__separator": " "}
+    settings |= {"search__evaluation_weight": 0.5, "search__states": "tree", "judge__rubric": "null"}
+    (folder / "step.txt").write_text("{question}{answer}Which?\n")
+    assert judged(folder, "run", search__rubric=folder / "step.txt", **settings) == 0
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    (failed,) = (line["search/evaluation_parse_failure_fraction"] for line in lines if "search/waves" in line)
+    assert failed < 1
+    rows = pq.read_table(folder / "run" / "trees" / "iteration-0001.parquet").to_pylist()
+    values = {row["value"] for row in rows if row["terminal"]}
+    assert len(values) > 10, "what a random model says of each is another figure"
+    assert max(values) <= 1.5
 
 
 def test_a_policy_judged_by_its_own_log_ratio_asks_the_learner_for_the_one_before(tmp_path):

@@ -48,6 +48,8 @@ def value(inputs, state=None, **config):
         ({"name": "sppo"}, 2.245),
         # Score regression: targets 8 and 3, missed by 7 and 5.7.
         ({"name": "gpo"}, 40.745),
+        # The same with beta = .0005: targets 1600 and 600, the first cut off at 1000; missed by 999 and 602.7.
+        ({"name": "gpo", "beta": 0.0005}, (999**2 + 602.7**2) / 2),
         ({"name": "nca_pair"}, 1.300211),
         ({"name": "exo_pair", "floor": 1e-3}, 2.146370),
         ({"name": "apo_zero"}, 0.907928),

@@ -20,6 +20,9 @@ from conf.compose import compose
 from launch import judge_models, warm_start
 from launch.cli import app
 from launch.judge_models import check_judge_model, prepare_judge_model
+from launch.model_files import inspect_model
+from launch.preflight import preflight
+from launch.resources import LEARNER_OVERHEAD, memory_plan
 from launch.tiny import make_model as make_tiny
 from launch.tiny import make_tokenizer
 from learners.preference.config import KINDS, HeadConfig, model_kind
@@ -379,6 +382,16 @@ def test_a_score_is_the_mean_of_its_row(kind, win_probability, judges):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_mean_logit_is_the_mean_of_the_logits_of_its_row(kind, judges):
+    scored = PreferenceScorer(judges[kind], score="mean_logit").score(rollouts("yes", "no", "perhaps"))
+    matrix = np.array(scored.preferences, dtype=float)
+    means = np.log(matrix / (1 - matrix)).mean(axis=1)
+    np.testing.assert_allclose([score.value for score in scored.scores], means, atol=1e-6)
+    assert sum(means) == pytest.approx(0, abs=1e-6)
+    assert scored.scorer.endswith("+mean_logit")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_cannot_be_read_is_left_out_and_changes_nothing_else(kind, judges):
     scorer = PreferenceScorer(judges[kind])
     whole = scorer.score(rollouts("yes", "no"))
@@ -460,6 +473,34 @@ def test_a_run_without_the_judge_it_asks_for_is_refused(base, tmp_path):
     with pytest.raises(ConfigError, match="a gpm has no reward"):
         check_judge_model(compose(["scorer=reward_model", f"judge.model={tmp_path / 'judge'}", *files]))
     check_judge_model(compose(["scorer=preference_model", f"judge.model={tmp_path / 'judge'}", *files]))
+
+
+@pytest.mark.parametrize("likelihood", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_train_judge_writes_passes_the_checks_before_a_run(kind, likelihood, base, tmp_path):
+    model, encoder = new_model(base, HeadConfig(kind=kind, likelihood=likelihood), max_length=64)
+    save_model(model, encoder, tmp_path / "judge")
+    scorer = "reward_model" if kind == "reward_model" else "preference_model"
+    assert judge_bytes(tmp_path, base, scorer) == 4 * sum(p.numel() for p in model.backbone.parameters())
+
+
+def test_a_sequence_classifier_passes_the_checks_before_a_run(base, tmp_path):
+    classifier = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    classifier.save_pretrained(tmp_path / "judge")
+    assert judge_bytes(tmp_path, base, "reward_model") >= 4 * sum(p.numel() for p in classifier.parameters())
+
+
+def judge_bytes(folder, base, kind):
+    """What preflight plans for the judge beside the process itself."""
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "Is it {number}?"}}\n' for number in range(192)))
+    settings = [f"scorer={kind}", f"judge.model={folder / 'judge'}", "evaluation.scorer=judge"]
+    settings += ["model.max_length=128", "generator.max_tokens=32", "task.answer_field=null"]
+    config = compose([*settings, f"model={base}", "task=prompts", f"task.path={prompts}", f"run_dir={folder / 'run'}"])
+    check_judge_model(config)
+    preflight(config)
+    (need,) = (need for need in memory_plan(config, inspect_model(base)) if kind in need.what)
+    return need.bytes - LEARNER_OVERHEAD
 
 
 # The tiny judge ----------------------------------------

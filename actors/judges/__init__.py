@@ -44,7 +44,7 @@ def _build_trained(config: ScorerConfig, judge: JudgeConfig | None) -> Scorer:
     if config.kind == "preference_model":
         from actors.judges.preference_model import build_preference_scorer
 
-        return build_preference_scorer(judge.model, win_probability=judge.win_probability)
+        return build_preference_scorer(judge.model, judge)
     from actors.judges.reward_model import build_reward_scorer
 
     return build_reward_scorer(judge.model)

@@ -1,7 +1,7 @@
 """A trained model that compares: every two answers of a group, and from that how often each beats the policy.
 
-An answer's score is P(y beats pi), the mean of its row of the win matrix. Answers that cannot be read are left out of
-all rows and get no score.
+An answer's score is P(y beats pi), the mean of its row of the win matrix, or the mean of its row of logits. Answers
+that cannot be read are left out of all rows and get no score.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from actors.judges.win_rates import aggregated, win_matrix, win_rates
+from actors.judges.win_rates import aggregated, mean_scores, win_matrix, win_rates
 from learners.preference.folder import load_model
 from learners.preference.records import Comparison, Group
 from orchestrator.types import FinishReason, Score, ScoredGroup
 
 if TYPE_CHECKING:
     from actors.judges.win_rates import Matrix
+    from conf.schema import JudgeConfig
     from learners.preference.encoding import Encoder
     from learners.preference.folder import LoadedModel
     from learners.preference.records import Tokens
@@ -31,13 +32,15 @@ class PreferenceScorer:
     Args:
         loaded: the model.
         win_probability: "pairwise" or "aggregated"; see `JudgeConfig.win_probability`.
+        score: "win_rate" or "mean_logit"; see `JudgeConfig.score`.
     """
 
-    def __init__(self, loaded: LoadedModel, *, win_probability: str = "pairwise") -> None:
+    def __init__(self, loaded: LoadedModel, *, win_probability: str = "pairwise", score: str = "win_rate") -> None:
         self._model = loaded.model
         self._encoder = loaded.encoder
         self._aggregate = win_probability == "aggregated"
-        suffix = "+aggregated" if self._aggregate else ""
+        self._mean_logit = score == "mean_logit"
+        suffix = ("+aggregated" if self._aggregate else "") + ("+mean_logit" if self._mean_logit else "")
         self.name = f"preference_model:{loaded.model.head.kind}@{loaded.digest[:8]}{suffix}"
 
     def score(self, group: RolloutGroup) -> ScoredGroup:
@@ -45,7 +48,7 @@ class PreferenceScorer:
         answers, reasons = read_answers(self._encoder, group)
         logits = self._compare(self._encoder.prompt(group.prompt.text), answers)
         wins = win_matrix(aggregated(logits) if self._aggregate else logits)
-        rates = win_rates(wins)
+        rates = mean_scores(logits) if self._mean_logit else win_rates(wins)
         known = np.isfinite(wins).sum(axis=1)
         scores = []
         for index, reason in enumerate(reasons):
@@ -100,9 +103,9 @@ def _read(encoder: Encoder, completion: Completion, prompt: int) -> tuple[Tokens
     return tokens, ""
 
 
-def build_preference_scorer(folder: str, *, win_probability: str) -> PreferenceScorer:
+def build_preference_scorer(folder: str, config: JudgeConfig) -> PreferenceScorer:
     """The scorer of a folder, on the GPU where there is one. Raises ModelError where the folder cannot be loaded."""
-    return PreferenceScorer(load_for_judging(folder), win_probability=win_probability)
+    return PreferenceScorer(load_for_judging(folder), win_probability=config.win_probability, score=config.score)
 
 
 def load_for_judging(folder: str) -> LoadedModel:

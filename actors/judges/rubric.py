@@ -12,12 +12,17 @@ import xxhash
 from orchestrator.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    from conf.schema import JudgeConfig
+    from conf.schema import JudgeConfig, SearchConfig
 
 FOLDER = Path(__file__).parent / "rubrics"
-PLACES = {"pointwise": ("question", "answer"), "pairwise": ("question", "answer_a", "answer_b")}
+PLACES = {
+    "pointwise": ("question", "answer"),
+    "pairwise": ("question", "answer_a", "answer_b"),
+    "step": ("question", "answer"),
+    "step_shown": ("question", "reference", "answer"),
+}
 """Placeholders that the rubric of each style must have, written in braces."""
 
 
@@ -47,14 +52,23 @@ def load_rubric(config: JudgeConfig) -> Rubric:
     """
     text = _read(config.rubric, "judge.rubric") if config.rubric else _read(str(FOLDER / f"{config.style}.txt"))
     wanted = [*PLACES[config.style], *(["principles"] if config.principles else [])]
-    missing = [f"{{{place}}}" for place in wanted if f"{{{place}}}" not in text]
-    if missing:
-        raise ConfigError(
-            f"judge.rubric={config.rubric}: the rubric of judge.style={config.style} lacks {', '.join(missing)}: write"
-            " each where its text is to stand"
-        )
+    _check_places(text, wanted, f"judge.rubric={config.rubric}: the rubric of judge.style={config.style}")
     principles = f"\n{_read(config.principles, 'judge.principles').strip()}\n" if config.principles else ""
     return Rubric(text=text.replace("{principles}", principles), style=config.style)
+
+
+def load_step_rubric(config: SearchConfig) -> Rubric:
+    """The rubric of `search.rubric`, or the packaged one for single steps. Raises ConfigError as `load_rubric` does."""
+    style = "step_shown" if config.show_answer else "step"
+    text = _read(config.rubric, "search.rubric") if config.rubric else _read(str(FOLDER / f"{style}.txt"))
+    _check_places(text, PLACES[style], f"search.rubric={config.rubric}: the rubric")
+    return Rubric(text=text, style=style)
+
+
+def _check_places(text: str, wanted: Sequence[str], rubric: str) -> None:
+    missing = [f"{{{place}}}" for place in wanted if f"{{{place}}}" not in text]
+    if missing:
+        raise ConfigError(f"{rubric} lacks {', '.join(missing)}: write each where its text is to stand")
 
 
 def _read(path: str, key: str = "the packaged rubric") -> str:

@@ -67,7 +67,14 @@ def prior(child: Node, config: SearchConfig) -> float:
     return math.exp(sum(child.step.logprobs) / len(child.step.tokens) ** config.length_exponent)
 
 
-def grow(tree: Tree, node: Node, steps: Sequence[Step], value: float, config: SearchConfig) -> Node:
+def grow(
+    tree: Tree,
+    node: Node,
+    steps: Sequence[Step],
+    value: float,
+    config: SearchConfig,
+    between: Sequence[float] | None = None,
+) -> Node:
     """Adds a rollout from `node` and its value, and backs it up.
 
     Args:
@@ -76,14 +83,17 @@ def grow(tree: Tree, node: Node, steps: Sequence[Step], value: float, config: Se
         steps: at least one, to the end of the solution.
         value: of the finished solution, higher is better.
         config: the discount.
+        between: values of the states that all steps but the last lead to; None: 0. Those of the others are known.
 
     Returns:
         The end of the solution.
     """
     for on in tree.path(node):
         on.pending -= 1
-    for step in steps:
+    for step, known in zip(steps, [*(between or [0.0] * (len(steps) - 1)), value], strict=True):
         node = tree.add(node, step)
+        if not node.visits:
+            node.value = known
     node.terminal, node.value = True, value
     tree.tokens += sum(len(step.tokens) for step in steps)
     _back_up(tree, node, config)

@@ -41,7 +41,7 @@ def best_path(tree: Tree) -> list[Node]:
     return found
 
 
-def step_pairs(tree: Tree, config: SearchConfig, seed: int) -> list[StepPair]:
+def step_pairs(tree: Tree, config: SearchConfig, seed: int) -> tuple[list[StepPair], int]:
     """The best child against another one, at each state with two or more, widest gaps first.
 
     Children are ranked by (Q, prior), as in the code of Xie et al. 2024; the other one is the worst, or any but the
@@ -52,17 +52,20 @@ def step_pairs(tree: Tree, config: SearchConfig, seed: int) -> list[StepPair]:
         tree: after the search.
         config: `states`, `negative`, `min_gap` and `max_pairs`.
         seed: of `negative=random`.
+
+    Returns:
+        At most `max_pairs` pairs, and the number of states looked at whose two steps are no further apart than
+        `min_gap`, or equal.
     """
     states = best_path(tree) if config.states == "path" else list(tree.walk())
+    states = [state for state in states if len(state.children) > 1]
     pairs = sorted(_pairs(tree, states, config, random.Random(seed)), key=lambda pair: -pair.gap)
-    return pairs[: config.max_pairs]
+    return pairs[: config.max_pairs], len(states) - len(pairs)
 
 
 def _pairs(tree: Tree, states: list[Node], config: SearchConfig, lots: random.Random) -> Iterator[StepPair]:
     for state in states:
         ranked = sorted(tree.children(state), key=lambda child: (child.action_value, prior(child, config)))
-        if len(ranked) < 2:
-            continue
         best = ranked[-1]
         other = lots.choice(ranked[:-1]) if config.negative == "random" else ranked[0]
         gap = best.action_value - other.action_value

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+FARTHEST = 1000.0
+"""gpo: targets lie within so many nats, as in the authors' settings."""
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -43,13 +46,13 @@ def gpo(inputs: LossInput, config: LossConfig) -> Tensor:
     """1/2 [(h_w - s_w / beta)^2 + (h_l - s_l / beta)^2] with general preference scores s, one value a pair.
 
     Zhang et al. 2024, "Beyond Bradley-Terry Models: A General Preference Model for Language Model Alignment"
-    (arXiv:2410.02197), the score form of its general preference optimization: s is a completion's mean score against
-    the other samples, times `loss.score_scale`.
+    (arXiv:2410.02197), the score form of its general preference optimization: s is a completion's mean logit of winning
+    against the other samples, times `loss.score_scale`. Targets are cut off at `FARTHEST`.
 
     Returns:
         [P]
     """
     scale = config.score_scale / inputs.beta
-    chosen = inputs.log_ratio_chosen - scale * inputs.score_chosen
-    rejected = inputs.log_ratio_rejected - scale * inputs.score_rejected
+    chosen = inputs.log_ratio_chosen - (scale * inputs.score_chosen).clamp(-FARTHEST, FARTHEST)
+    rejected = inputs.log_ratio_rejected - (scale * inputs.score_rejected).clamp(-FARTHEST, FARTHEST)
     return (chosen.square() + rejected.square()) / 2
