@@ -56,7 +56,7 @@ class LastStep:
         """P(the last step is right) of (prompt, solution so far) each; None where the judge gave no verdict.
 
         Raises:
-            JudgeError: it gave next to none at all.
+            JudgeError: it gave next to none at all since the last report.
         """
         readings = self._reader.read([self._question(prompt, text) for prompt, text in states])
         self._reliability.votes(self.name, readings)
