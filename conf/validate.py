@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from conf.objectives import OBJECTIVES, needs_reference
+from conf.objectives import OBJECTIVES, PAIR_LABELS, needs_reference
 from orchestrator.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -177,10 +177,20 @@ def _objective(config: Config) -> Iterator[Problem]:
             f"loss.label_smoothing=0: loss.labels={loss.labels} needs a share of wrong labels to begin with: set 0.1"
         )
         yield Problem("loss.label_smoothing", message)
-    compares = config.scorer.kind in ("preference_model", "ensemble") or (
-        config.scorer.kind == "llm_judge" and config.judge.style == "pairwise"
-    )
-    if loss.name == "sppo" and not compares and config.scorer.kind != "verifier":
+    if objective.by_rank and (loss.labels in PAIR_LABELS or loss.weighting != "none"):
+        key = "loss.labels" if loss.labels in PAIR_LABELS else "loss.weighting"
+        message = (
+            f"{key}={getattr(loss, key.removeprefix('loss.'))}: of single pairs, but loss.name={loss.name} orders whole"
+            " distributions, so that its values belong to no pair: leave it out"
+        )
+        yield Problem(key, message)
+    if objective.on_policy and config.reference.kind != "previous":
+        message = (
+            f"reference.kind={config.reference.kind}: loss.name={loss.name} clips ratios to the policy that sampled:"
+            " set reference=previous"
+        )
+        yield Problem("reference.kind", message)
+    if loss.name == "sppo" and not compares(config) and config.scorer.kind != "verifier":
         message = (
             f"loss.name=sppo: regresses to win probabilities, which scorer.kind={config.scorer.kind} does not give:"
             " choose scorer=preference_model, a pairwise llm_judge, or loss=sppo_hard"
@@ -269,6 +279,18 @@ def _devices(config: Config) -> Iterator[Problem]:
 def judge_kinds(config: Config) -> tuple[str, ...]:
     """Kinds of the scorers whose word trains: `scorer.kind`, or the members of an ensemble."""
     return tuple(config.judge.members) if config.scorer.kind == "ensemble" else (config.scorer.kind,)
+
+
+def compares(config: Config) -> bool:
+    """Whether the judge says how probably one completion is better than another, instead of scoring each."""
+    return config.scorer.kind in ("preference_model", "ensemble") or (
+        config.scorer.kind == "llm_judge" and config.judge.style == "pairwise"
+    )
+
+
+def gives_labels(config: Config) -> bool:
+    """Whether pairs have labels other than 1: of a judge that compares, of consistency, or of a search's visits."""
+    return compares(config) or config.judge.consistency != "none" or config.search.kind != "none"
 
 
 def pooled_kinds(config: Config) -> tuple[str, ...]:
