@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from conf.layers import knobs
 from conf.objectives import OBJECTIVES, loss_keys_read
 from conf.schema import LossConfig
-from conf.validate import gives_labels, has_own_judge, judge_kinds, pooled_kinds
+from conf.validate import READING_KINDS, TRAINED_KINDS, gives_labels, has_own_judge, judge_kinds, pooled_kinds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,9 +61,6 @@ def _judges(*kinds: str) -> Callable[[Config], bool]:
     return lambda config: not set(kinds).isdisjoint(judge_kinds(config))
 
 
-_LANGUAGE_MODELS = ("llm_judge", "step_judge")
-_TRAINED = ("preference_model", "reward_model")
-
 RULES = [
     Rule("model.tiny.*", "model.kind", lambda c: c.model.kind == "tiny", "model=tiny"),
     Rule("task.digits", "task.kind", lambda c: c.task.kind == "addition", "task=addition"),
@@ -103,9 +100,9 @@ RULES = [
         "evaluation.scorer=verifier",
     ),
     Rule("judge.members judge.min_agreement", "scorer.kind", lambda c: c.scorer.kind == "ensemble", "scorer=ensemble"),
-    Rule("judge.engine", "scorer.kind", _judges(*_LANGUAGE_MODELS), "llm_judge or step_judge"),
-    Rule("judge.model", "scorer.kind", _judges(*_LANGUAGE_MODELS, *_TRAINED, "implicit"), "a judge that is a model"),
-    Rule("judge.deadline_s", "scorer.kind", _judges(*_LANGUAGE_MODELS, "implicit"), "llm_judge, step_judge, implicit"),
+    Rule("judge.engine", "scorer.kind", _judges(*READING_KINDS), "llm_judge or step_judge"),
+    Rule("judge.model", "scorer.kind", _judges(*READING_KINDS, *TRAINED_KINDS, "implicit"), "a judge that is a model"),
+    Rule("judge.deadline_s", "scorer.kind", _judges(*READING_KINDS, "implicit"), "llm_judge, step_judge, implicit"),
     Rule(
         "judge.style judge.verdict judge.rubric judge.principles judge.max_failed_fraction"
         " judge.votes judge.temperature judge.top_p judge.max_tokens",
@@ -126,14 +123,14 @@ RULES = [
     Rule(
         "judge.num_actors judge.gpus_per_actor",
         "scorer.kind",
-        _judges(*_LANGUAGE_MODELS, *_TRAINED, "implicit"),
+        _judges(*READING_KINDS, *TRAINED_KINDS, "implicit"),
         "a judge that is a model",
     ),
-    Rule("judge.num_actors", "judge.engine", has_own_judge, "judge.engine=own or implicit"),
+    Rule("judge.num_actors", "judge.engine", has_own_judge, "judge.engine=own, a judge.model that reads, or implicit"),
     Rule(
         "judge.gpus_per_actor",
         "judge.engine",
-        lambda c: has_own_judge(c) or _judges(*_TRAINED)(c),
+        lambda c: has_own_judge(c) or _judges(*TRAINED_KINDS)(c),
         "judge.engine=own, implicit, preference_model or reward_model",
     ),
     Rule("reference.ema_decay", "reference.kind", lambda c: c.reference.kind == "ema", "reference=ema"),

@@ -110,6 +110,13 @@ class GeneratorConfig:
     deadline_s: float = knob(600, "one wave of requests must be done after so long", above=0)
 
 
+JUDGES = (
+    *("verifier", "llm_judge", "step_judge", "preference_model", "reward_model"),
+    *("implicit", "majority"),
+)
+"""Scorers that judge alone, and can be members of an ensemble."""
+
+
 @dataclass(frozen=True)
 class ScorerConfig:
     """Who judges completions."""
@@ -119,10 +126,7 @@ class ScorerConfig:
         "verifier: a rule with a reference answer; llm_judge, step_judge: a language model that reads the "
         "completion whole or step by step; preference_model, reward_model: trained with `agon train-judge`; "
         "implicit: the policy's own log-ratio to the initial model; majority: agreement of the final answers",
-        choices=(
-            *("verifier", "llm_judge", "step_judge", "preference_model", "reward_model"),
-            *("implicit", "majority", "ensemble"),
-        ),
+        choices=(*JUDGES, "ensemble"),
     )
     verifier: str = knob(
         "final_answer",
@@ -145,10 +149,15 @@ class JudgeConfig:
 
     engine: str = knob(
         "policy",
-        "policy: served by the generators themselves; own: a pool of its own with the weights of judge.model",
+        "llm_judge, step_judge: policy: served by the generators themselves, unless judge.model names another model; "
+        "own: a pool of its own with the weights of judge.model",
         choices=("policy", "own"),
     )
-    model: str | None = knob(None, "folder or hub id of the judge; None: the initial policy, or a tiny judge made here")
+    model: str | None = knob(
+        None,
+        "folder or hub id of the judge, which gets a pool of its own; None: the initial policy, or a tiny judge made "
+        "here; in an ensemble with a preference or reward model it is that one's",
+    )
     style: str = knob("pointwise", "llm_judge: a score each, or comparisons", choices=("pointwise", "pairwise"))
     verdict: str = knob(
         "words",
@@ -176,7 +185,9 @@ class JudgeConfig:
         " or in the mean of the iteration's prompts; loss.labels=soft trains on them",
         choices=("none", "prompt", "mean"),
     )
-    members: list[str] = knob(["llm_judge", "implicit", "majority"], "kinds of scorers in an ensemble")  # noqa: RUF009
+    members: list[str] = knob(  # noqa: RUF009
+        ["llm_judge", "implicit", "majority"], "kinds of scorers in an ensemble, two or more", choices=JUDGES
+    )
     min_agreement: float = knob(
         0.6,
         "ensemble: share of all members that must be on one side, or the comparison is left undecided",

@@ -10,7 +10,7 @@ from conf.compose import compose, compose_resumed, explain, resolved_yaml
 from conf.layers import FOLDER, groups, knobs
 from conf.reads import RULES
 from conf.schema import Config
-from conf.validate import problems, validate
+from conf.validate import has_own_judge, own_language_model, problems, validate
 from launch.guide import annotated, guide
 from orchestrator.errors import ConfigError
 
@@ -146,6 +146,12 @@ def test_a_wrong_override_is_refused_with_what_would_be_right(override, expected
         (["loss=sppo", "scorer=reward_model", "judge.model=/judge"], "loss.name"),
         (["learner.replay_sequences=8"], "learner.replay_sequences"),
         (["scorer=step_judge"], "scorer.kind"),
+        (["scorer=ensemble", "judge.members=[step_judge, majority]"], "scorer.kind"),
+        (["scorer=ensemble", "judge.members=[foo, bar]"], "judge.members"),
+        (["scorer=ensemble", "judge.members=[ensemble, majority]"], "judge.members"),
+        (["scorer=ensemble", "judge.members=[majority]"], "judge.members"),
+        (["scorer=ensemble", "judge.members=[majority, majority]"], "judge.members"),
+        (["scorer=ensemble", "judge.members=[preference_model, reward_model, majority]"], "judge.members"),
         (["loss=cream", "judge.consistency=mean"], "scorer.kind"),
         (["scorer=implicit", "judge.consistency=mean"], "loss.labels"),
         (["loss=cream", "scorer=implicit", "judge.consistency=mean", "reference=initial"], "reference.kind"),
@@ -232,6 +238,30 @@ def test_every_rule_of_what_is_read_names_keys_there_are():
         assert rule.decider in knobs()
         for pattern in rule.keys.split():
             assert fnmatch.filter(knobs(), pattern), pattern
+
+
+def test_a_member_that_does_not_exist_is_refused_with_the_nearest():
+    message = refusal("scorer=ensemble", "judge.members=[majority, prefrence_model]")
+    assert "judge.members=['majority', 'prefrence_model']: prefrence_model: did you mean preference_model?" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "own", "model"),
+    [
+        (["scorer=llm_judge"], False, None),
+        (["scorer=llm_judge", "judge.engine=own"], True, None),
+        (["scorer=llm_judge", "judge.model=/m"], True, "/m"),
+        (["scorer=step_judge", "judge.model=/m"], True, "/m"),
+        (["scorer=implicit"], True, None),
+        (["scorer=preference_model", "judge.model=/m"], False, None),
+        (["scorer=ensemble", "judge.members=[preference_model, llm_judge]", "judge.model=/m"], False, None),
+        (["scorer=ensemble", "judge.members=[preference_model, implicit]", "judge.model=/m"], True, None),
+    ],
+    ids=str,
+)
+def test_a_judge_that_is_named_has_engines_of_its_own(overrides, own, model):
+    config = compose(overrides)
+    assert (has_own_judge(config), own_language_model(config)) == (own, model)
 
 
 def test_all_problems_are_reported_together():
