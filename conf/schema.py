@@ -241,8 +241,9 @@ class PairingConfig:
     policy: str = knob(
         "best_worst",
         "best_worst: highest against lowest score, then the next ones inwards; all: every pair that differs; "
-        "length_controlled: the shortest of the near-best against the longest of the near-worst, one pair",
-        choices=("best_worst", "all", "length_controlled"),
+        "length_controlled: the shortest of the near-best against the longest of the near-worst, one pair; "
+        "best_random: highest against a random lower score, one pair",
+        choices=("best_worst", "all", "length_controlled", "best_random"),
     )
     length_control: float = knob(
         0.1, "rho: share of the range of scores that counts as near-best and as near-worst", low=0, high=0.4
@@ -288,7 +289,7 @@ class LossConfig:
     tail_weight: float = knob(
         1.0, "weight of tokens behind the length that both completions have (LD-DPO)", low=0, high=1
     )
-    include_prompt: bool = knob(False, "the prompt's tokens are scored as well (DOVE)")
+    include_prompt: bool = knob(False, "the prompt's tokens are scored as well (DOVE); they cancel in terms of Delta")
     gamma: float = knob(0.0, "target margin in units of beta times log-prob (simpo), nats (slic)", low=0)
     penalty: float = knob(50.0, "lambda: of a chosen completion that has become rarer (dpop)", low=0)
     score_scale: float = knob(
@@ -323,7 +324,9 @@ class ReferenceConfig:
         "none: for losses that need no reference, which then is never computed",
         choices=("previous", "initial", "ema", "none"),
     )
-    ema_decay: float = knob(0.9, "share of the old average kept at each iteration (kind=ema)", low=0, high=1)
+    ema_decay: float = knob(
+        0.4, "share of the old average kept at each iteration (kind=ema): 1 - alpha of TR-DPO", low=0, high=1
+    )
 
 
 @dataclass(frozen=True)
