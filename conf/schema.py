@@ -324,9 +324,7 @@ class ReferenceConfig:
         "none: for losses that need no reference, which then is never computed",
         choices=("previous", "initial", "ema", "none"),
     )
-    ema_decay: float = knob(
-        0.4, "share of the old average kept at each iteration (kind=ema): 1 - alpha of TR-DPO", low=0, high=1
-    )
+    ema_decay: float = knob(0.4, "share of the old average kept at each iteration (kind=ema)", low=0, high=1)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ COMPANIONS = {
     "task=prompts": ["task.path=prompts.jsonl"],
     "task=gsm8k": ["task.path=train.jsonl"],
     "judge=pairwise": ["scorer=llm_judge"],
+    "reference=none": ["loss=simpo"],
     "scorer=step_judge": ["model.tiny.judge_steps=200"],
 }
 
