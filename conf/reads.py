@@ -133,6 +133,13 @@ RULES = [
         lambda c: has_own_judge(c) or _judges(*TRAINED_KINDS)(c),
         "judge.engine=own, implicit, preference_model or reward_model",
     ),
+    Rule(
+        "evaluation.anchors",
+        "evaluation.scorer",
+        lambda c: c.evaluation.scorer == "verifier",
+        "evaluation.scorer=verifier",
+    ),
+    Rule("evaluation.anchors", "scorer.kind", lambda c: c.scorer.kind != "verifier", "another judge, to be measured"),
     Rule("reference.ema_decay", "reference.kind", lambda c: c.reference.kind == "ema", "reference=ema"),
     Rule(
         "learner.replay_path learner.replay_weight",

@@ -204,6 +204,8 @@ def test_values_that_do_not_go_together_are_refused(overrides, key):
         (["scorer=reward_model", "judge.num_actors=2"], "judge.engine=policy, but with judge.engine=own"),
         (["scorer=llm_judge", "evaluation.scorer=judge", "scorer.marker=x"], "scorer.kind=llm_judge"),
         (["scorer=llm_judge", "evaluation.scorer=judge", "scorer.num_actors=2"], "scorer.kind=llm_judge"),
+        (["evaluation.anchors=8"], "scorer.kind=verifier, but with another judge"),
+        (["scorer=llm_judge", "evaluation.scorer=judge", "evaluation.anchors=8"], "evaluation.scorer=judge"),
         (["model=/m/x", "model.tiny.max_steps=3"], "model.kind=hf, but with model=tiny"),
     ],
     ids=str,
