@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from conf.layers import knobs
 from conf.objectives import OBJECTIVES, loss_keys_read
 from conf.schema import LossConfig
-from conf.validate import READING_KINDS, TRAINED_KINDS, gives_labels, has_own_judge, judge_kinds, pooled_kinds
+from conf.validate import (
+    READING_KINDS,
+    TRAINED_KINDS,
+    gives_labels,
+    has_own_judge,
+    judge_kinds,
+    pooled_kinds,
+    trained_kind,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,9 +69,13 @@ def _judges(*kinds: str) -> Callable[[Config], bool]:
     return lambda config: not set(kinds).isdisjoint(judge_kinds(config))
 
 
+def _makes_judge(config: Config) -> bool:
+    return trained_kind(config) is not None and config.judge.model is None
+
+
 RULES = [
     Rule("model.tiny.*", "model.kind", lambda c: c.model.kind == "tiny", "model=tiny"),
-    Rule("task.digits", "task.kind", lambda c: c.task.kind == "addition", "task=addition"),
+    Rule("task.digits", "task.kind", lambda c: c.task.kind == "addition" or c.model.kind == "tiny", "task=addition"),
     Rule("task.test_* task.*_field", "task.kind", lambda c: c.task.kind != "addition", "task=prompts"),
     Rule("task.test_fraction", "task.test_path", lambda c: c.task.test_path is None, "task.test_path=null"),
     Rule("search.*", "search.kind", lambda c: c.search.kind != "none", "search=mcts"),
@@ -80,11 +92,12 @@ RULES = [
         lambda c: c.pairing.policy in ("best_worst", "all"),
         "pairing=best_worst or all",
     ),
-    # The rule of the task is asked by a verifier that trains or evaluates, and for the answers that a majority counts.
+    # The rule of the task is asked by a verifier that trains or evaluates, for the answers that a majority counts, and
+    # when a tiny judge is made.
     Rule(
         "scorer.verifier scorer.function scorer.marker",
         "scorer.kind",
-        lambda c: "verifier" in pooled_kinds(c) or "majority" in judge_kinds(c),
+        lambda c: "verifier" in pooled_kinds(c) or "majority" in judge_kinds(c) or _makes_judge(c),
         "evaluation.scorer=verifier",
     ),
     Rule(

@@ -228,6 +228,8 @@ def test_what_a_person_sets_without_effect_is_refused(overrides, why):
         ["scorer=implicit", "loss=rebel", "loss.beta=7"],  # in the judge's scores
         ["loss=asft", "loss.exploration=selm", "loss.beta=7"],
         ["scorer=majority", "evaluation.scorer=judge", "scorer.marker=x"],
+        ["scorer=preference_model", "evaluation.scorer=judge", "scorer.marker=x"],  # by which the tiny judge is taught
+        ["task=prompts", "task.path=p.jsonl", "task.digits=3"],  # of the tiny model's warm start
         ["scorer=ensemble", "judge.votes=5", "judge.length_normalized=true"],
     ],
     ids=str,
