@@ -17,12 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from conf.layers import Setting, groups, knobs, packaged, read
+from conf.reads import unread
 from conf.schema import Config
-from conf.validate import problems
+from conf.validate import Problem, problems
 from orchestrator.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 CONFIG_FILE = "config.yaml"
 """Of a run folder: its whole configuration."""
@@ -91,9 +92,37 @@ def _compose(overrides: Sequence[str], config_file: Path | None) -> tuple[Config
         raise ConfigError("\n".join(complaints))
     sources = {setting.key: setting.source for setting in settings}
     config = _to_config(tree)
-    if found := problems(config):
+    found = problems(config)
+    if not found:
+        found = [*_without_effect(config, given, layers), *_groups_without_effect(config, choices, layers)]
+    if found:
         raise ConfigError("\n".join(f"{message}{_at(sources.get(key))}" for key, message in found))
     return config, sources
+
+
+def _without_effect(config: Config, given: Sequence[Setting], layers: Sequence[Setting]) -> Iterator[Problem]:
+    """What was set on the command line to another value than it had, and is read by nothing."""
+    without = unread(config)
+    values, before = flatten(asdict(config)), _values(layers)
+    for key in dict.fromkeys(setting.key for setting in given):
+        if key in without and values[key] != before[key]:
+            yield Problem(key, f"{key}={values[key]}: {without[key]}: leave it out")
+
+
+def _groups_without_effect(config: Config, choices: Sequence[str], layers: Sequence[Setting]) -> Iterator[Problem]:
+    """Groups that were chosen on the command line, change something, and of which nothing is read."""
+    without = unread(config)
+    for choice in choices:
+        own = [key for key, _, source in layers if source.startswith(f"conf/{choice.replace('=', '/')}.yaml:")]
+        if own and all(key in without for key in own):
+            before = _values(packaged(tuple(other for other in choices if other != choice)))
+            if any(_values(layers)[key] != before[key] for key in own):
+                yield Problem(choice.partition("=")[0], f"{choice}: {without[own[0]]}: leave it out")
+
+
+def _values(layers: Sequence[Setting]) -> dict[str, Any]:
+    """Every key with the value that the schema and these settings give it."""
+    return flatten(asdict(Config())) | {setting.key: setting.value for setting in layers}
 
 
 def _parse(overrides: Sequence[str], *, from_file: bool) -> tuple[list[str], list[Setting], list[str]]:

@@ -110,6 +110,13 @@ class GeneratorConfig:
     deadline_s: float = knob(600, "one wave of requests must be done after so long", above=0)
 
 
+JUDGES = (
+    *("verifier", "llm_judge", "step_judge", "preference_model", "reward_model"),
+    *("implicit", "majority"),
+)
+"""Scorers that judge alone, and can be members of an ensemble."""
+
+
 @dataclass(frozen=True)
 class ScorerConfig:
     """Who judges completions."""
@@ -119,10 +126,7 @@ class ScorerConfig:
         "verifier: a rule with a reference answer; llm_judge, step_judge: a language model that reads the "
         "completion whole or step by step; preference_model, reward_model: trained with `agon train-judge`; "
         "implicit: the policy's own log-ratio to the initial model; majority: agreement of the final answers",
-        choices=(
-            *("verifier", "llm_judge", "step_judge", "preference_model", "reward_model"),
-            *("implicit", "majority", "ensemble"),
-        ),
+        choices=(*JUDGES, "ensemble"),
     )
     verifier: str = knob(
         "final_answer",
@@ -145,10 +149,15 @@ class JudgeConfig:
 
     engine: str = knob(
         "policy",
-        "policy: served by the generators themselves; own: a pool of its own with the weights of judge.model",
+        "llm_judge, step_judge: policy: served by the generators themselves, unless judge.model names another model; "
+        "own: a pool of its own with the weights of judge.model",
         choices=("policy", "own"),
     )
-    model: str | None = knob(None, "folder or hub id of the judge; None: the initial policy, or a tiny judge made here")
+    model: str | None = knob(
+        None,
+        "folder or hub id of the judge, which gets a pool of its own; None: the initial policy, or a tiny judge made "
+        "here; in an ensemble with a preference or reward model it is that one's",
+    )
     style: str = knob("pointwise", "llm_judge: a score each, or comparisons", choices=("pointwise", "pairwise"))
     verdict: str = knob(
         "words",
@@ -177,7 +186,9 @@ class JudgeConfig:
         " or in the mean of the iteration's prompts; loss.labels=soft trains on them",
         choices=("none", "prompt", "mean"),
     )
-    members: list[str] = knob(["llm_judge", "implicit", "majority"], "kinds of scorers in an ensemble")  # noqa: RUF009
+    members: list[str] = knob(  # noqa: RUF009
+        ["llm_judge", "implicit", "majority"], "kinds of scorers in an ensemble, two or more", choices=JUDGES
+    )
     min_agreement: float = knob(
         0.6,
         "ensemble: share of all members that must be on one side, or the comparison is left undecided",
@@ -251,8 +262,9 @@ class PairingConfig:
     policy: str = knob(
         "best_worst",
         "best_worst: highest against lowest score, then the next ones inwards; all: every pair that differs; "
-        "length_controlled: the shortest of the near-best against the longest of the near-worst, one pair",
-        choices=("best_worst", "all", "length_controlled"),
+        "length_controlled: the shortest of the near-best against the longest of the near-worst, one pair; "
+        "best_random: highest against a random lower score, one pair",
+        choices=("best_worst", "all", "length_controlled", "best_random"),
     )
     length_control: float = knob(
         0.1, "rho: share of the range of scores that counts as near-best and as near-worst", low=0, high=0.4
@@ -298,7 +310,7 @@ class LossConfig:
     tail_weight: float = knob(
         1.0, "weight of tokens behind the length that both completions have (LD-DPO)", low=0, high=1
     )
-    include_prompt: bool = knob(False, "the prompt's tokens are scored as well (DOVE)")
+    include_prompt: bool = knob(False, "the prompt's tokens are scored as well (DOVE); they cancel in terms of Delta")
     gamma: float = knob(0.0, "target margin in units of beta times log-prob (simpo), nats (slic)", low=0)
     penalty: float = knob(50.0, "lambda: of a chosen completion that has become rarer (dpop)", low=0)
     score_scale: float = knob(
@@ -333,7 +345,7 @@ class ReferenceConfig:
         "none: for losses that need no reference, which then is never computed",
         choices=("previous", "initial", "ema", "none"),
     )
-    ema_decay: float = knob(0.9, "share of the old average kept at each iteration (kind=ema)", low=0, high=1)
+    ema_decay: float = knob(0.4, "share of the old average kept at each iteration (kind=ema)", low=0, high=1)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from conf.objectives import OBJECTIVES, needs_reference
+from conf.objectives import OBJECTIVES, PAIR_LABELS, needs_reference
 from orchestrator.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
     from conf.schema import Config
 
-POOLED_KINDS = ("verifier", "preference_model", "reward_model")
+TRAINED_KINDS = ("preference_model", "reward_model")
+"""Kinds of scorers whose `judge.model` is a folder that `agon train-judge` writes."""
+READING_KINDS = ("llm_judge", "step_judge")
+"""Kinds of scorers that are language models and read what they judge."""
+POOLED_KINDS = ("verifier", *TRAINED_KINDS)
 """Kinds of scorers that run in scorer actors; the others ask the engines of generators or judges."""
 NEEDS_ANSWERS = ("final_answer", "exact", "math")
 """Verifiers that compare with a reference answer."""
@@ -57,10 +61,11 @@ def _out_of_limits(section: Any, prefix: str) -> Iterator[Problem]:
 
 def _complaint(value: Any, limits: Mapping[str, Any]) -> str | None:
     choices, low, above, high = (limits[name] for name in ("choices", "low", "above", "high"))
-    if choices and value not in choices:
-        near = get_close_matches(str(value), choices, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}? " if near else ""
-        return f"{hint}choices: {', '.join(choices)}"
+    for each in (value if isinstance(value, list) else [value]) if choices else ():
+        if each not in choices:
+            near = get_close_matches(str(each), choices, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}? " if near else ""
+            return f"{f'{each}: ' if isinstance(value, list) else ''}{hint}choices: {', '.join(choices)}"
     if isinstance(value, float) and not math.isfinite(value):
         return "must be a finite number"
     if low is not None and value < low:
@@ -96,10 +101,11 @@ def _inputs(config: Config) -> Iterator[Problem]:
     if task.kind != "addition" and task.test_path is None and task.test_fraction == 0:
         message = "task.test_fraction=0: nothing would be held out: set it above 0, or set task.test_path"
         yield Problem("task.test_fraction", message)
-    verified = scorer.kind == "verifier" or config.evaluation.scorer == "verifier"
+    kinds = judge_kinds(config)
+    verified = "verifier" in kinds or config.evaluation.scorer == "verifier"
     if verified and task.kind == "prompts" and task.answer_field is None and scorer.verifier in NEEDS_ANSWERS:
         without = "scorer.verifier=function scorer.function=module.name"
-        if scorer.kind != "verifier":
+        if "verifier" not in kinds:
             without += ", or let the judge that trains evaluate as well: evaluation.scorer=judge"
         message = (
             f"scorer.verifier={scorer.verifier}: needs reference answers, but task.answer_field is null: set it to the"
@@ -125,9 +131,21 @@ def _judging(config: Config) -> Iterator[Problem]:
             " .jsonl file" + (", or teach the tiny model to judge: model.tiny.judge_steps=200" if tiny else "")
         )
         yield Problem("learner.replay_sequences", message)
-    if config.scorer.kind == "step_judge" and tiny and not taught and config.judge.model is None:
-        message = "scorer.kind=step_judge: the tiny model must be taught to judge: set model.tiny.judge_steps=200"
+    kinds = judge_kinds(config)
+    if "step_judge" in kinds and tiny and not taught and own_language_model(config) is None:
+        message = (
+            f"scorer.kind={config.scorer.kind}: the tiny model must be taught to judge step by step: set"
+            " model.tiny.judge_steps=200"
+        )
         yield Problem("scorer.kind", message)
+    if config.scorer.kind == "ensemble":
+        members = f"judge.members={config.judge.members}"
+        if len(set(kinds)) < max(2, len(kinds)):
+            message = f"{members}: an ensemble needs at least two judges, all of them different"
+            yield Problem("judge.members", message)
+        if set(TRAINED_KINDS) <= set(kinds):
+            message = f"{members}: {' and '.join(TRAINED_KINDS)} would share one judge.model: leave one of them out"
+            yield Problem("judge.members", message)
 
 
 def _consistency(config: Config) -> Iterator[Problem]:
@@ -177,10 +195,20 @@ def _objective(config: Config) -> Iterator[Problem]:
             f"loss.label_smoothing=0: loss.labels={loss.labels} needs a share of wrong labels to begin with: set 0.1"
         )
         yield Problem("loss.label_smoothing", message)
-    compares = config.scorer.kind in ("preference_model", "ensemble") or (
-        config.scorer.kind == "llm_judge" and config.judge.style == "pairwise"
-    )
-    if loss.name == "sppo" and not compares and config.scorer.kind != "verifier":
+    if objective.by_rank and (loss.labels in PAIR_LABELS or loss.weighting != "none"):
+        key = "loss.labels" if loss.labels in PAIR_LABELS else "loss.weighting"
+        message = (
+            f"{key}={getattr(loss, key.removeprefix('loss.'))}: of single pairs, but loss.name={loss.name} orders whole"
+            " distributions, so that its values belong to no pair: leave it out"
+        )
+        yield Problem(key, message)
+    if objective.on_policy and config.reference.kind != "previous":
+        message = (
+            f"reference.kind={config.reference.kind}: loss.name={loss.name} clips ratios to the policy that sampled:"
+            " set reference=previous"
+        )
+        yield Problem("reference.kind", message)
+    if loss.name == "sppo" and not compares(config) and config.scorer.kind != "verifier":
         message = (
             f"loss.name=sppo: regresses to win probabilities, which scorer.kind={config.scorer.kind} does not give:"
             " choose scorer=preference_model, a pairwise llm_judge, or loss=sppo_hard"
@@ -204,12 +232,7 @@ def _searching(config: Config) -> Iterator[Problem]:
         yield Problem(
             "search.separator", "search.separator: is empty: give the text that ends a step, such as a newline"
         )
-    search = config.search
-    for key, default in (("rubric", None), ("show_answer", False), ("depth_penalty", False)):
-        if getattr(search, key) != default and not search.evaluation_weight:
-            message = f"{getattr(search, key)}: nobody is asked about steps: set search.evaluation_weight"
-            yield Problem(f"search.{key}", f"search.{key}={message}")
-    if search.show_answer and config.task.kind == "prompts" and config.task.answer_field is None:
+    if config.search.show_answer and config.task.kind == "prompts" and config.task.answer_field is None:
         yield Problem("search.show_answer", "search.show_answer=true: there are no answers: set task.answer_field")
     compares = {"preference_model", "majority", "ensemble"}
     if config.scorer.kind in compares or (config.scorer.kind == "llm_judge" and config.judge.style == "pairwise"):
@@ -286,6 +309,18 @@ def judge_kinds(config: Config) -> tuple[str, ...]:
     return tuple(config.judge.members) if config.scorer.kind == "ensemble" else (config.scorer.kind,)
 
 
+def compares(config: Config) -> bool:
+    """Whether the judge says how probably one completion is better than another, instead of scoring each."""
+    return config.scorer.kind in ("preference_model", "ensemble") or (
+        config.scorer.kind == "llm_judge" and config.judge.style == "pairwise"
+    )
+
+
+def gives_labels(config: Config) -> bool:
+    """Whether pairs have labels other than 1: of a judge that compares, of consistency, or of a search's visits."""
+    return compares(config) or config.judge.consistency != "none" or config.search.kind != "none"
+
+
 def pooled_kinds(config: Config) -> tuple[str, ...]:
     """Kinds of the scorers that get actors: those whose word trains, and the verifier where it evaluates."""
     kinds = [kind for kind in judge_kinds(config) if kind in POOLED_KINDS]
@@ -294,11 +329,29 @@ def pooled_kinds(config: Config) -> tuple[str, ...]:
     return tuple(dict.fromkeys(kinds))
 
 
+def trained_kind(config: Config) -> str | None:
+    """The kind of the judge that `judge.model` then is: one that `agon train-judge` writes."""
+    return next((kind for kind in judge_kinds(config) if kind in TRAINED_KINDS), None)
+
+
+def own_language_model(config: Config) -> str | None:
+    """`judge.model` where it is a language model; None: judges read with the policy, or with the initial one."""
+    return config.judge.model if trained_kind(config) is None else None
+
+
+def reads_with_own(config: Config) -> bool:
+    """Whether judges that read do so with engines of their own, not with the policy's."""
+    return config.judge.engine == "own" or own_language_model(config) is not None
+
+
+def asks_reader(config: Config) -> bool:
+    """Whether a judge reads, or a search asks one about its steps."""
+    return not set(READING_KINDS).isdisjoint(judge_kinds(config)) or config.search.evaluation_weight > 0
+
+
 def has_own_judge(config: Config) -> bool:
     """Whether a judge has engines of its own, with weights that never change."""
-    kinds = judge_kinds(config)
-    asked = not {"llm_judge", "step_judge"}.isdisjoint(kinds) or config.search.evaluation_weight > 0
-    return "implicit" in kinds or (config.judge.engine == "own" and asked)
+    return "implicit" in judge_kinds(config) or (reads_with_own(config) and asks_reader(config))
 
 
 def cpus_needed(config: Config) -> float:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
+from conf.validate import trained_kind
 from launch.model_files import find_model
 from learners.preference.config import HeadConfig, model_kind
 from orchestrator.errors import ConfigError, ModelError
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 
 FOLDER = "judge_model"
 """Of a run: its own copy of the tiny judge."""
-TRAINED_KINDS = ("preference_model", "reward_model")
-"""Values of `scorer.kind` whose judge is a folder that `agon train-judge` writes."""
 LOWEST_ACCURACY = 0.85
 """Of a tiny judge on held-out comparisons; one that knows less would teach little."""
 
@@ -69,19 +68,20 @@ def check_judge_model(config: Config) -> None:
     Raises:
         UserError: says what to set.
     """
-    kind = config.scorer.kind
-    if kind not in TRAINED_KINDS:
+    kind = trained_kind(config)
+    if kind is None:
         return
     if config.judge.model is None:
+        who = f"judge.members={config.judge.members}" if config.scorer.kind == "ensemble" else f"scorer.kind={kind}"
         if config.model.kind != "tiny" or config.task.kind != "addition":
             raise ConfigError(
-                f"judge.model: scorer.kind={kind} needs one: a folder that agon train-judge wrote, or a reward model of"
+                f"judge.model: {who} needs one: a folder that agon train-judge wrote, or a reward model of"
                 " transformers; only for the tiny model on the addition task is one made here"
             )
         return
     found = model_kind(find_model(config.judge.model, "judge.model"))
     if kind == "reward_model" and found != "reward_model":
-        raise ConfigError(f"judge.model={config.judge.model}: a {found} has no reward: choose scorer=preference_model")
+        raise ConfigError(f"judge.model={config.judge.model}: a {found} has no reward: choose preference_model")
 
 
 def prepare_judge_model(config: Config, run_dir: Path, model_dir: Path, progress: Progress) -> Config:
@@ -96,7 +96,8 @@ def prepare_judge_model(config: Config, run_dir: Path, model_dir: Path, progress
     Raises:
         ModelError: the tiny judge did not become good enough.
     """
-    if config.scorer.kind not in TRAINED_KINDS:
+    kind = trained_kind(config)
+    if kind is None:
         return config
     if config.judge.model is not None:
         folder = find_model(config.judge.model, "judge.model")
@@ -105,16 +106,18 @@ def prepare_judge_model(config: Config, run_dir: Path, model_dir: Path, progress
         if not folder.is_dir():
             partial = run_dir / f".{FOLDER}.partial"
             shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(ensure_tiny_judge(config, model_dir, progress), partial)
+            shutil.copytree(ensure_tiny_judge(kind, config, model_dir, progress), partial)
             partial.rename(folder)
     return replace(config, judge=replace(config.judge, model=str(folder.absolute())))
 
 
-def ensure_tiny_judge(config: Config, model_dir: Path, progress: Progress, *, cache: Path | None = None) -> Path:
+def ensure_tiny_judge(
+    kind: str, config: Config, model_dir: Path, progress: Progress, *, cache: Path | None = None
+) -> Path:
     """The cached folder of the tiny judge, made on first use; whole or absent whatever dies."""
     from launch.warm_start import default_cache
 
-    head = _head(config.scorer.kind)
+    head = _head(kind)
     folder = (cache or default_cache()) / _fingerprint(head, config, model_dir)
     if folder.is_dir():
         return folder

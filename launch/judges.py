@@ -11,7 +11,7 @@ from actors.judges.llm_judge import build_llm_judge
 from actors.judges.majority import build_majority
 from actors.judges.reliability import Reliability
 from actors.judges.step_judge import StepJudge
-from conf.validate import POOLED_KINDS
+from conf.validate import POOLED_KINDS, own_language_model, reads_with_own
 from launch.model_files import find_model, folder_version, inspect_model
 from launch.tokenizers import load_tokenizer
 from orchestrator.errors import ConfigError
@@ -78,7 +78,7 @@ class Judges:
         raise ConfigError(f"scorer.kind={kind!r} is not known")
 
     def _reader(self) -> PooledTextModel:
-        return self._own_model() if self._config.judge.engine == "own" else self._policy()
+        return self._own_model() if reads_with_own(self._config) else self._policy()
 
     def _policy(self) -> PooledTextModel:
         return PooledTextModel(
@@ -94,8 +94,8 @@ class Judges:
         """The language model of a judge with engines of its own; with its own tokenizer where it is another model."""
         assert self._roles.judges is not None
         config, tokenizer, version = self._config, self._tokenizer, "initial"
-        if config.judge.model is not None:
-            folder = find_model(config.judge.model, "judge.model")
+        if (named := own_language_model(config)) is not None:
+            folder = find_model(named, "judge.model")
             tokenizer = load_tokenizer(folder, inspect_model(folder).vocab_size)
             version = folder_version(folder).digest
         return PooledTextModel(

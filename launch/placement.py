@@ -14,7 +14,7 @@ import ray
 
 from actors.generator import Generator
 from actors.scorer import ScorerActor
-from conf.validate import cpus_needed, has_own_judge, pooled_kinds
+from conf.validate import cpus_needed, has_own_judge, own_language_model, pooled_kinds
 from launch.model_files import find_model, folder_version
 from learners.learner import Learner
 from orchestrator.pools import ActorPool
@@ -132,7 +132,8 @@ def _scorer_pool(kind: str, config: Config) -> ActorPool[Any, Any]:
 
 def _judge_pool(config: Config, model_dir: str) -> ActorPool[Any, Any]:
     """Generators of the judge's own, whose weights are those of their folder for the whole run."""
-    folder = str(find_model(config.judge.model, "judge.model")) if config.judge.model else model_dir
+    named = own_language_model(config)
+    folder = model_dir if named is None else str(find_model(named, "judge.model"))
     version = folder_version(folder)
     own = replace(
         config,

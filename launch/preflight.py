@@ -12,10 +12,11 @@ import time
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from conf.compose import CONFIG_FILE
-from conf.validate import validate
+from conf.validate import judge_kinds, own_language_model, pooled_kinds, validate
 from launch.machines import existing_parent, this_machine
 from launch.model_files import find_model, inspect_model, tiny_shape
 from launch.resources import check_resources
@@ -96,6 +97,9 @@ def preflight(config: Config, *, resume: Path | None = None, machine: Machine | 
     tokenizer = _load_tokenizer(config, *model)
     if config.learner.replay_path is not None and config.learner.replay_sequences:
         load_seeds(config, model[0] or run_dir, tokenizer)
+    collect(lambda: _check_separator(config, tokenizer))
+    collect(lambda: _check_verdicts(config, tokenizer))
+    _raise(found)
     prompts, test_prompts = _prompts(config, task, tokenizer)
     return Inputs(
         run_dir=run_dir,
@@ -142,14 +146,14 @@ def _check_scorer(config: Config, task: Task | None) -> None:
     from actors.judges.majority import build_majority
     from actors.judges.rubric import load_step_rubric
 
-    kinds = config.judge.members if config.scorer.kind == "ensemble" else [config.scorer.kind]
+    kinds = judge_kinds(config)
     if "llm_judge" in kinds:
         check_llm_judge(config.judge, config.model.max_length)
     if config.search.evaluation_weight:
         load_step_rubric(config.search)
     if "majority" in kinds:
         build_majority(config.scorer)
-    if config.evaluation.scorer == "judge" and config.scorer.kind != "verifier":
+    if "verifier" not in pooled_kinds(config):
         return
     build_scorer(replace(config.scorer, kind="verifier"))
     if task is not None and not task.has_answers and config.scorer.verifier != "function":
@@ -178,6 +182,31 @@ def _load_tokenizer(config: Config, folder: Path | None, shape: ModelShape) -> A
         tokenizer = make_tokenizer(config.model.max_length)
     tokenizer.model_max_length = sys.maxsize  # too long prompts are told of below, not by the library's own warning
     return tokenizer
+
+
+def _check_separator(config: Config, tokenizer: Any) -> None:
+    """A tree without a token that ends a step has no steps: every solution would be a leaf of its root."""
+    separator = config.search.separator
+    if config.search.kind == "none" or any(separator in tokenizer.decode([token]) for token in range(len(tokenizer))):
+        return
+    raise ConfigError(
+        f"search.separator={separator!r}: is part of no token of the policy's tokenizer, so that no step would end:"
+        " give a shorter text that ends a step, such as a newline"
+    )
+
+
+def _check_verdicts(config: Config, tokenizer: Any) -> None:
+    """Builds the judge that reads the probability of its verdicts over no engines: it knows what it cannot read."""
+    from actors.judges.llm_judge import build_llm_judge
+
+    if "llm_judge" not in judge_kinds(config) or config.judge.verdict != "probability":
+        return
+    if (named := own_language_model(config)) is not None:
+        folder = find_model(named, "judge.model")
+        tokenizer = load_tokenizer(folder, inspect_model(folder).vocab_size)
+    encode = Renderer(tokenizer, config.task).encode
+    never_asked: Any = SimpleNamespace(encode=encode, special_tokens=(), max_length=config.model.max_length)
+    build_llm_judge(config.judge, never_asked, config.seed)
 
 
 def _prompts(config: Config, task: Task, tokenizer: Any) -> tuple[PromptStream, list[Prompt]]:

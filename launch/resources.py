@@ -10,9 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from conf.validate import has_own_judge, pooled_kinds
+from conf.validate import TRAINED_KINDS, has_own_judge, own_language_model, pooled_kinds
 from launch import machines
-from launch.judge_models import TRAINED_KINDS
 from launch.model_files import count_parameters, find_model, inspect_model
 from orchestrator.errors import ResourceError
 
@@ -110,8 +109,8 @@ def _judge_engines(config: Config, shape: ModelShape) -> list[Need]:
     """Engines of a judge's own."""
     if not has_own_judge(config):
         return []
-    if config.judge.model is not None:
-        shape = inspect_model(find_model(config.judge.model, "judge.model"))
+    if (own := own_language_model(config)) is not None:
+        shape = inspect_model(find_model(own, "judge.model"))
     count, kind, dtype = config.judge.num_actors, config.generator.kind, config.model.dtype
     size = shape.num_parameters * BYTES[dtype] + _kv_cache(config, shape)
     on_gpu = config.judge.gpus_per_actor > 0

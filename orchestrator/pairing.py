@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from itertools import combinations
+from random import Random
 from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
 
 from orchestrator.errors import DataError
+from orchestrator.seeds import derive_seed
 from orchestrator.types import PreferencePair
 
 if TYPE_CHECKING:
@@ -72,7 +74,8 @@ def make_pairs(
     Args:
         scored: the group; completions whose score is None are left out.
         config: `best_worst` pairs highest with lowest, then the next ones inwards; `all` pairs every two that differ;
-            `length_controlled` pairs the shortest of the near-best with the longest of the near-worst.
+            `length_controlled` pairs the shortest of the near-best with the longest of the near-worst; `best_random`
+            pairs the highest with a random lower one.
         reference: the loss reference written into each pair.
         takes_sides: of the loss; see `conf.objectives.takes_sides`.
 
@@ -80,7 +83,7 @@ def make_pairs(
         DataError: a score is not finite.
     """
     ranked = _ranked(scored)
-    candidates = _candidates(ranked, config)
+    candidates = _candidates(ranked, config, scored.group.seed)
     kept: list[PreferencePair] = []
     ties = undecided = 0
     for best, worst in candidates:
@@ -117,12 +120,14 @@ def _lot(completion: Completion, seed: int) -> int:
     return int(xxhash.xxh3_64_intdigest(np.asarray(completion.token_ids, dtype="<i8").tobytes(), seed=seed))
 
 
-def _candidates(ranked: list[_Scored], config: PairingConfig) -> Iterable[tuple[_Scored, _Scored]]:
+def _candidates(ranked: list[_Scored], config: PairingConfig, seed: int) -> Iterable[tuple[_Scored, _Scored]]:
     match config.policy:
         case "best_worst":
             return _inwards(ranked, config.max_pairs)
         case "length_controlled":
             return _length_controlled(ranked, config.length_control)
+        case "best_random":
+            return _best_random(ranked, seed)
         case _:
             return _all(ranked)
 
@@ -131,6 +136,13 @@ def _inwards(ranked: list[_Scored], max_pairs: int) -> Iterator[tuple[_Scored, _
     """(1st, last), (2nd, 2nd last), ..."""
     for step in range(min(max_pairs, len(ranked) // 2)):
         yield ranked[step], ranked[-1 - step]
+
+
+def _best_random(ranked: list[_Scored], seed: int) -> Iterator[tuple[_Scored, _Scored]]:
+    """The best against one drawn from those of a lower score; against its equal, a tie, where there is none."""
+    lower = [item for item in ranked[1:] if not is_tie(item.score, ranked[0].score)] or ranked[1:]
+    if lower:
+        yield ranked[0], Random(derive_seed(seed, "best_random")).choice(lower)
 
 
 def _length_controlled(ranked: list[_Scored], rho: float) -> Iterator[tuple[_Scored, _Scored]]:

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import settings
 
 # The same examples each time: a green tree stays green. `pytest --hypothesis-profile=explore` looks for new ones.
-settings.register_profile("repeatable", derandomize=True)
-settings.register_profile("explore", print_blob=True)
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("explore", print_blob=True, deadline=None)
 settings.load_profile("repeatable")
 
 

@@ -1,14 +1,16 @@
 """Composition: where values come from, what is refused and how, and that a resolved config reads back."""
 
 import dataclasses
+import fnmatch
 
 import pytest
 import yaml
 
 from conf.compose import compose, compose_resumed, explain, resolved_yaml
 from conf.layers import FOLDER, groups, knobs
+from conf.reads import RULES
 from conf.schema import Config
-from conf.validate import problems, validate
+from conf.validate import has_own_judge, own_language_model, problems, validate
 from launch.guide import annotated, guide
 from orchestrator.errors import ConfigError
 
@@ -18,6 +20,8 @@ COMPANIONS = {
     "task=prompts": ["task.path=prompts.jsonl"],
     "task=gsm8k": ["task.path=train.jsonl"],
     "loss=gpo": ["scorer=preference_model", "judge.score=mean_logit"],
+    "judge=pairwise": ["scorer=llm_judge"],
+    "reference=none": ["loss=simpo"],
     "scorer=step_judge": ["model.tiny.judge_steps=200"],
 }
 
@@ -136,11 +140,22 @@ def test_a_wrong_override_is_refused_with_what_would_be_right(override, expected
         (["loss=copg", "loss.weighting=wpo"], "loss.weighting"),
         (["loss=robust", "loss.label_smoothing=0.5"], "loss.label_smoothing"),
         (["loss.labels=posterior"], "loss.label_smoothing"),
+        (["loss=aot", "loss.labels=soft", "scorer=preference_model"], "loss.labels"),
+        (["loss=spa", "loss.name=aot_unpaired"], "loss.labels"),
+        (["loss=wpo", "loss.name=aot"], "loss.weighting"),
+        (["loss=p3o", "reference=initial"], "reference.kind"),
+        (["loss.name=p3o_separate", "reference=ema"], "reference.kind"),
         (["loss=sppo", "scorer=reward_model", "judge.model=/judge"], "loss.name"),
         (["learner.replay_sequences=8"], "learner.replay_sequences"),
         (["scorer=step_judge"], "scorer.kind"),
         (["loss=gpo", "scorer=preference_model"], "loss.name"),
         (["loss=sppo", "scorer=preference_model", "judge.score=mean_logit"], "judge.score"),
+        (["scorer=ensemble", "judge.members=[step_judge, majority]"], "scorer.kind"),
+        (["scorer=ensemble", "judge.members=[foo, bar]"], "judge.members"),
+        (["scorer=ensemble", "judge.members=[ensemble, majority]"], "judge.members"),
+        (["scorer=ensemble", "judge.members=[majority]"], "judge.members"),
+        (["scorer=ensemble", "judge.members=[majority, majority]"], "judge.members"),
+        (["scorer=ensemble", "judge.members=[preference_model, reward_model, majority]"], "judge.members"),
         (["loss=cream", "judge.consistency=mean"], "scorer.kind"),
         (["scorer=implicit", "judge.consistency=mean"], "loss.labels"),
         (["loss=cream", "scorer=implicit", "judge.consistency=mean", "reference=initial"], "reference.kind"),
@@ -161,6 +176,102 @@ def test_values_that_do_not_go_together_are_refused(overrides, key):
     message = refusal(*overrides)
     assert message.startswith(key)
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (["loss.gamma=1"], "loss.gamma=1.0: not read with loss.name=dpo, but with loss.name=slic, simpo"),
+        (["loss=rebel", "loss.beta=7"], "loss.beta=7.0: not read with loss.name=rebel"),
+        (["loss=slic", "loss.beta_scaling=margin"], "not read with loss.name=slic"),
+        (["loss=nca", "loss.tail_weight=0.5"], "not read with loss.name=nca"),
+        (["loss.beta_scale=0.5"], "loss.beta_scaling=none, but with loss.beta_scaling=margin or implicit"),
+        (["loss=beta_dpo", "loss.beta_slope=2"], "loss.beta_scaling=implicit, but with loss.beta_scaling=margin"),
+        (["loss=f_dpo", "loss.divergence_alpha=0.3"], "loss.divergence=js"),
+        (["loss.exploration_weight=1"], "loss.exploration=none, but with loss.exploration=selm or xpo"),
+        (["model=/m/x", "loss.sft_target=best"], "loss.sft_weight=0.0, but with one above 0"),
+        (["loss=irepo", "loss.label_smoothing=0.1"], "not read with loss.name=irepo"),
+        (["loss.labels=soft"], "scorer.kind=verifier, but with a judge that compares"),
+        (["scorer=llm_judge", "loss.labels=soft"], "judge.style=pairwise"),
+        (["reference.ema_decay=0.5"], "reference.kind=previous, but with reference=ema"),
+        (["learner.replay_weight=2"], "learner.replay_sequences=0, but with one above 0"),
+        (["recipe=mcts_dpo", "pairing=all"], "pairing=all: not read with search.kind=mcts, but with search=none"),
+        (["recipe=mcts_dpo", "pairing.min_margin=1"], "search.kind=mcts"),
+        (["recipe=mcts_dpo", "generator.samples_per_prompt=16"], "search.kind=mcts"),
+        (["search.breadth=3"], "search.kind=none, but with search=mcts"),
+        (["judge.votes=5"], "scorer.kind=verifier, but with llm_judge"),
+        (["judge=pairwise"], "judge=pairwise: not read with scorer.kind=verifier"),
+        (
+            ["scorer=llm_judge", "judge=pairwise", "judge.votes=5"],
+            "judge.verdict=probability, but with judge.verdict=words",
+        ),
+        (["scorer=llm_judge", "judge.temperature=0", "judge.votes=5"], "judge.temperature=0.0, but with one above 0"),
+        (["scorer=reward_model", "judge.num_actors=2"], "judge.engine=policy, but with judge.engine=own"),
+        (["scorer=llm_judge", "evaluation.scorer=judge", "scorer.marker=x"], "scorer.kind=llm_judge"),
+        (["scorer=llm_judge", "evaluation.scorer=judge", "scorer.num_actors=2"], "scorer.kind=llm_judge"),
+        (["evaluation.anchors=8"], "scorer.kind=verifier, but with another judge"),
+        (["scorer=llm_judge", "evaluation.scorer=judge", "evaluation.anchors=8"], "evaluation.scorer=judge"),
+        (["model=/m/x", "model.tiny.max_steps=3"], "model.kind=hf, but with model=tiny"),
+    ],
+    ids=str,
+)
+def test_what_a_person_sets_without_effect_is_refused(overrides, why):
+    message = refusal(*overrides)
+    assert why in message
+    assert message.endswith(": leave it out")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["recipe=self_rewarding", "scorer=verifier"],  # the recipe's own judge.votes and replay are moot
+        ["recipe=mcts_dpo", "search=none", "model=/m/x"],  # as is its loss.labels=soft
+        ["recipe=sppo", "loss=dpo", "scorer=verifier"],
+        ["loss=simpo", "loss.name=cpo"],
+        ["loss.gamma=0", "judge.votes=3", "pairing=best_worst"],  # what it would be anyway
+        ["scorer=implicit", "loss=rebel", "loss.beta=7"],  # in the judge's scores
+        ["loss=asft", "loss.exploration=selm", "loss.beta=7"],
+        ["scorer=majority", "evaluation.scorer=judge", "scorer.marker=x"],
+        ["scorer=preference_model", "evaluation.scorer=judge", "scorer.marker=x"],  # by which the tiny judge is taught
+        ["task=prompts", "task.path=p.jsonl", "task.digits=3"],  # of the tiny model's warm start
+        ["scorer=ensemble", "judge.votes=5", "judge.length_normalized=true"],
+    ],
+    ids=str,
+)
+def test_what_another_choice_makes_moot_may_stand_in_files(overrides):
+    compose(overrides)
+
+
+def test_every_rule_of_what_is_read_names_keys_there_are():
+    for rule in RULES:
+        assert rule.decider in knobs()
+        for pattern in rule.keys.split():
+            assert fnmatch.filter(knobs(), pattern), pattern
+
+
+def test_a_member_that_does_not_exist_is_refused_with_the_nearest():
+    message = refusal("scorer=ensemble", "judge.members=[majority, prefrence_model]")
+    assert "judge.members=['majority', 'prefrence_model']: prefrence_model: did you mean preference_model?" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "own", "model"),
+    [
+        (["scorer=llm_judge"], False, None),
+        (["scorer=llm_judge", "judge.engine=own"], True, None),
+        (["scorer=llm_judge", "judge.model=/m"], True, "/m"),
+        (["scorer=step_judge", "judge.model=/m"], True, "/m"),
+        (["scorer=implicit"], True, None),
+        (["scorer=preference_model", "judge.model=/m"], False, None),
+        (["scorer=ensemble", "judge.members=[preference_model, llm_judge]", "judge.model=/m"], False, None),
+        (["scorer=ensemble", "judge.members=[preference_model, implicit]", "judge.model=/m"], True, None),
+    ],
+    ids=str,
+)
+def test_a_judge_that_is_named_has_engines_of_its_own(overrides, own, model):
+    config = compose(overrides)
+    assert (has_own_judge(config), own_language_model(config)) == (own, model)
 
 
 def test_all_problems_are_reported_together():

@@ -26,7 +26,7 @@ def judged(folder, name, **more):
     settings = {
         "recipe": "self_rewarding",
         "task__answer_field": "null",
-        "scorer__verifier": "final_answer",
+        "scorer__verifier": "math",
         "scorer__function": "null",
         "evaluation__scorer": "judge",
         "judge__rubric": folder / "rubric.txt",

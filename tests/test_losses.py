@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields, replace
+from functools import cache
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conf.objectives import OBJECTIVES, is_coupled, needs_reference
+from conf.objectives import OBJECTIVES, PAIR_LABELS, is_coupled, loss_keys_read, needs_reference
 from conf.schema import LossConfig
 from learners.losses import LOSSES, STATEFUL, LossState, advance, concatenate, losses
 from learners.losses.bco import shifted
@@ -23,6 +24,7 @@ from tests.plain_losses import plain
 ALL = sorted(OBJECTIVES)
 PAIRS = [name for name in ALL if OBJECTIVES[name].unit == "pair"]
 GROUPS = [name for name in ALL if OBJECTIVES[name].unit == "group"]
+BY_RANK = [name for name in ALL if OBJECTIVES[name].by_rank]
 
 
 def value(inputs, state=None, **config):
@@ -275,7 +277,7 @@ def test_only_log_ratios_count_where_there_is_a_reference(seed, name, shift):
 @given(
     seed=st.integers(0, 10_000),
     name=st.sampled_from(
-        [n for n in PAIRS if n not in ("sppo", "gpo", "rebel", "irepo", "trpa", "p3o", "p3o_separate")]
+        sorted(set(PAIRS) - set(BY_RANK) - {"sppo", "gpo", "rebel", "irepo", "trpa", "p3o", "p3o_separate"})
     ),
 )
 def test_a_label_of_one_half_does_not_know_the_sides(seed, name):
@@ -349,6 +351,109 @@ def test_facts_tell_which_are_coupled(name):
     whole = value(concatenate(parts), name=name)
     alone = torch.cat([value(part, name=name) for part in parts])
     assert is_coupled(LossConfig(name=name)) == (not torch.allclose(whole, alone))
+
+
+OTHER_VALUES = {
+    "beta": [0.7],
+    "labels": ["robust", "soft"],
+    "label_smoothing": [0.3],
+    "noise_decay": [0.5],
+    "weighting": ["wpo"],
+    "beta_scaling": ["margin", "none"],
+    "beta_scale": [0.4],
+    "beta_slope": [3.0],
+    "tail_weight": [0.3],
+    "gamma": [0.9],
+    "penalty": [3.0],
+    "score_scale": [2.5],
+    "floor": [0.2],
+    "desirable_weight": [2.0],
+    "undesirable_weight": [3.0],
+    "divergence": ["forward_kl", "alpha"],
+    "divergence_alpha": [0.8],
+    "negative_weight": [0.6],
+    "clip": [0.05],
+    "anisotropy": [4.0],
+    "exploration": ["selm", "xpo"],
+    "exploration_weight": [0.3],
+    "kl_weight": [0.2],
+    "sft_weight": [0.3],
+    "sft_target": ["chosen", "best"],
+}
+"""Of every key of `loss.*` but the name, and include_prompt, which is carried out where pairs are packed."""
+REFUSED = {name: {"labels", "label_smoothing", "weighting"} for name in GROUPS} | {
+    name: {"labels", "weighting"} for name in BY_RANK
+}
+"""Keys that are of pairs and not, or not all, let through to these objectives (`conf/validate.py`)."""
+
+
+@cache
+def scored_input(seed, beta):
+    """Some completions are right, for trpa."""
+    made = random_input(seed, beta=beta)
+    return replace(made, score_chosen=made.score_chosen + (made.score_chosen > 0.8))
+
+
+def trace(settings):
+    """What an objective says of a batch, or of three one after the other where it remembers."""
+    config, state, found = LossConfig(**settings), LossState(progress=0.5), []
+    for seed in (3, 4, 5) if is_coupled(config) else (3,):
+        found.append(losses(scored_input(seed, config.beta), config, state))
+        state = advance(scored_input(seed, config.beta), config, state)
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *({"name": name} for name in ALL),
+        *({"name": name, "labels": "soft"} for name in ("dpo", "irepo", "simpo")),
+        *({"name": name, "labels": "posterior", "label_smoothing": 0.1} for name in ("dpo", "sppo")),
+        *({"name": name, "beta_scaling": "margin"} for name in ("dpo", "rebel", "copg")),
+        *({"name": name, "beta_scaling": "implicit"} for name in ("dpo", "slic")),
+        *({"name": name, "exploration": "selm", "exploration_weight": 1.0} for name in ("asft", "pro", "dpo")),
+        *({"name": name, "exploration": "xpo", "sft_weight": 0.1} for name in ("aft", "simpo")),
+        {"name": "aft", "sft_weight": 0.1, "sft_target": "best"},
+        {"name": "f_dpo", "divergence": "alpha"},
+    ],
+    ids=str,
+)
+def test_facts_tell_which_keys_are_read(config):
+    """A key changes the values, or is named as one that does not: each is set to another value."""
+    assert {field.name for field in fields(LossConfig)} == {*OTHER_VALUES, "name", "include_prompt"}
+    config = {"beta": 0.3} | config
+    refused = REFUSED.get(config["name"], set())
+    before, read = trace(config), {"name", "include_prompt"}
+    for key in OTHER_VALUES.keys() - refused:
+        others = [trace(config | {key: other}) for other in OTHER_VALUES[key]]
+        if not all(torch.allclose(other[: len(before)], before[: len(other)], rtol=1e-9) for other in others):
+            read.add(key)
+    assert read == loss_keys_read(LossConfig(**config)) - refused
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    name=st.sampled_from(BY_RANK),
+    labels=st.sampled_from(["hard", "robust"]),
+)
+def test_values_by_rank_do_not_know_the_order_of_pairs(seed, name, labels):
+    made = random_input(seed)
+    order = torch.randperm(len(made.chosen), generator=torch.Generator().manual_seed(seed))
+    of_pairs = ("chosen", "rejected", "labels", "weights", "score_chosen", "score_rejected", "beta")
+    shuffled = replace(made, **{column: getattr(made, column)[order] for column in of_pairs})
+    config = {"name": name, "labels": labels, "label_smoothing": 0.2, "sft_weight": 0.3, "kl_weight": 0.1}
+    torch.testing.assert_close(value(shuffled, **config).sum(), value(made, **config).sum())
+
+
+@pytest.mark.parametrize("name", BY_RANK)
+def test_values_by_rank_take_no_weight_and_no_label_of_a_pair(name):
+    made = random_input(2)
+    weights = torch.linspace(0.5, 1.0, len(made.weights), dtype=DOUBLE)
+    with pytest.raises(ValueError, match=r"weights from 0\.5 to 1 are of pairs"):
+        value(replace(made, weights=weights), name=name)
+    for config in ({"weighting": "wpo"}, *({"labels": labels, "label_smoothing": 0.1} for labels in PAIR_LABELS)):
+        with pytest.raises(ValueError, match="belong to no pair"):
+            value(made, name=name, **config)
 
 
 def test_unknown_loss_is_refused():

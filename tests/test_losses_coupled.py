@@ -44,11 +44,15 @@ def model_dir(tmp_path_factory):
     return folder
 
 
+def weighable(pairs, name):
+    """The pairs, weighing the same where their weights would have no pair to belong to."""
+    return [replace(pair, weight=1.0) for pair in pairs] if OBJECTIVES[name].by_rank else pairs
+
+
 def make_batch(config):
     """Groups of one to three pairs, half of them with unequal weights, the reference a little off the policy."""
     pairs = make_pairs(4, pairs_per_prompt=3) + make_pairs(7, pairs_per_prompt=1, seed=5)[4:]
-    if config.name.startswith("aot"):
-        pairs = [replace(pair, weight=1.0) for pair in pairs]
+    pairs = weighable(pairs, config.name)
     scored = np.random.default_rng(1).uniform(size=len(pairs))
     pairs = [
         replace(pair, chosen_score=2.0, rejected_score=float(low)) for pair, low in zip(pairs, scored, strict=True)
@@ -151,7 +155,9 @@ def test_what_an_objective_remembers_is_saved(model_dir, tmp_path, settings):
     mismatched = OBJECTIVES[settings["name"]].mismatched
     made = [
         pack(pairs, mismatched=mismatched)
-        for pairs in batches(make_pairs(12), batch_pairs=6, seed=0, epoch=0, whole_groups=True)
+        for pairs in batches(
+            weighable(make_pairs(12), settings["name"]), batch_pairs=6, seed=0, epoch=0, whole_groups=True
+        )
     ]
     straight, stopped, resumed = trainer(), trainer(), trainer()
     for one in (straight, stopped):

@@ -1,6 +1,7 @@
 """Pairs follow from scores alone: not from order, not from silence, not from ties."""
 
 import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -17,7 +18,7 @@ from tests.records import PROMPT, V0, completion, scored
 SCORES = st.lists(st.sampled_from([None, 0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=8)
 CONFIGS = st.builds(
     PairingConfig,
-    policy=st.sampled_from(["best_worst", "all", "length_controlled"]),
+    policy=st.sampled_from(["best_worst", "all", "length_controlled", "best_random"]),
     length_control=st.sampled_from([0.0, 0.1, 0.25, 0.4]),
     max_pairs=st.integers(1, 6),
     min_margin=st.sampled_from([0.0, 0.25]),
@@ -69,6 +70,18 @@ def test_a_loss_that_takes_sides_gets_no_pair_that_the_scorer_itself_does_not_pr
 def test_all_takes_the_widest_margins_first():
     made, _ = compared([0.0, 0.3, 1.0], policy="all", max_pairs=2)
     assert made == [(1.0, 0.0), (1.0, 0.3)]
+
+
+def test_the_best_meets_a_random_lower_one():
+    def rejected(*scores):
+        groups = [scored(*scores, seed=seed) for seed in range(200)]
+        pairs = [
+            pair for group in groups for pair in make_pairs(group, PairingConfig(policy="best_random"), reference=V0)[0]
+        ]
+        return Counter(pair.rejected_score for pair in pairs if pair.chosen_score == max(scores))
+
+    assert all(40 < count < 95 for count in rejected(0.9, 0.9, 0.1, 0.3, 0.5).values())
+    assert rejected(0.5, 0.5) == {}, "a tie"
 
 
 def of_lengths(*scored_lengths, seed=7):

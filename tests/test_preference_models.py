@@ -17,6 +17,7 @@ from actors.judges.preference_model import PreferenceScorer
 from actors.judges.reward_model import RewardScorer
 from actors.judges.win_rates import aggregated, mean_scores, win_matrix, win_rates
 from conf.compose import compose
+from conf.validate import has_own_judge, pooled_kinds
 from launch import judge_models, warm_start
 from launch.cli import app
 from launch.judge_models import check_judge_model, prepare_judge_model
@@ -473,6 +474,10 @@ def test_a_run_without_the_judge_it_asks_for_is_refused(base, tmp_path):
     with pytest.raises(ConfigError, match="a gpm has no reward"):
         check_judge_model(compose(["scorer=reward_model", f"judge.model={tmp_path / 'judge'}", *files]))
     check_judge_model(compose(["scorer=preference_model", f"judge.model={tmp_path / 'judge'}", *files]))
+    together = ["scorer=ensemble", "judge.members=[preference_model, llm_judge]"]
+    with pytest.raises(ConfigError, match=r"judge\.members=\['preference_model', 'llm_judge'\] needs one"):
+        check_judge_model(compose([*together, *files]))
+    check_judge_model(compose([*together, f"judge.model={tmp_path / 'judge'}", *files]))
 
 
 @pytest.mark.parametrize("likelihood", [False, True])
@@ -538,6 +543,20 @@ def test_a_tiny_judge_is_made_once_and_copied_into_each_run(tiny_run, tmp_path):
     (tmp_path / "three").mkdir()
     prepare_judge_model(other, tmp_path / "three", policy, lambda *_: None)
     assert len(list((tmp_path / "cache" / "agon" / "models").iterdir())) == 2
+
+
+def test_a_tiny_judge_is_made_for_an_ensemble_as_well(tiny_run, tmp_path):
+    config, policy = tiny_run
+    config = replace(
+        config,
+        scorer=replace(config.scorer, kind="ensemble"),
+        judge=replace(config.judge, members=["preference_model", "majority"]),
+    )
+    check_judge_model(config)
+    prepared = prepare_judge_model(config, tmp_path, policy, lambda *_: None)
+    assert prepared.judge.model == str(tmp_path / "judge_model")
+    assert pooled_kinds(prepared) == ("preference_model", "verifier")
+    assert not has_own_judge(prepared)
 
 
 def test_a_tiny_judge_that_knows_too_little_is_refused_and_not_kept(tiny_run, tmp_path, monkeypatch):

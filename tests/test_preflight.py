@@ -211,6 +211,26 @@ def test_no_tokenizer(refusal, place):
     expect(refusal(), "model: no tokenizer", "tokenizer.json", "save_pretrained")
 
 
+def test_a_separator_that_ends_no_step(refusal, place):
+    expect(refusal("recipe=mcts_dpo", "search.separator=\n\n##"), "search.separator='\\n\\n##'", "no token")
+    preflight(compose([*USUAL, "recipe=mcts_dpo"]))
+
+
+def test_a_judge_that_cannot_tell_its_verdicts_apart(refusal, place):
+    shutil.copytree(place / "model", place / "judge")
+    same = {"type": "Replace", "pattern": {"String": "B"}, "content": "A"}
+    edit_json(place / "judge" / "tokenizer.json", normalizer=same)
+    pairwise = ("scorer=llm_judge", "judge=pairwise")
+    expect(refusal(*pairwise, "judge.model=judge"), "judge.verdict=probability", "A, B apart")
+    preflight(compose([*USUAL, *pairwise]))
+    preflight(compose([*USUAL, "scorer=llm_judge", "judge.model=judge", "judge.max_tokens=32"]))
+
+
+@pytest.mark.parametrize("kind", ["llm_judge", "step_judge"])
+def test_a_named_judge_that_is_not_there(refusal, kind):
+    expect(refusal(f"scorer={kind}", "judge.model=./absent"), "judge.model=./absent")
+
+
 def test_no_weights(refusal, place):
     (place / "model" / "model.safetensors").unlink()
     expect(refusal(), "no weights", "model.safetensors")

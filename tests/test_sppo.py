@@ -9,6 +9,7 @@ import torch
 from actors.judges.win_rates import win_matrix, win_rates
 from conf.compose import compose
 from conf.schema import LearnerConfig, LossConfig
+from learners.logprobs import TokenScores
 from learners.losses import LossState
 from learners.step import optimizer_step
 from orchestrator.batching import pack
@@ -38,6 +39,10 @@ class Table(torch.nn.Module):
 
     def forward(self, columns):
         return self.logits.log_softmax(0)[torch.tensor(columns.tokens[columns.completion_starts], dtype=torch.int64)]
+
+    def scores(self, columns, *, collision):
+        assert not collision
+        return TokenScores(logprobs=self(columns), log_collision=None, states=None)
 
     def probabilities(self):
         return self.logits.detach().softmax(0).double().numpy()

@@ -1,4 +1,8 @@
-"""Alignment via optimal transport: distributions of rewards are ordered, not single pairs."""
+"""Alignment via optimal transport: distributions of rewards are ordered, not single pairs.
+
+A value belongs to a rank in the global batch, so that no weight and no label of a single pair can be its own: pairs
+weigh the same, and labels are hard or robust. The order of the pairs never matters.
+"""
 
 from __future__ import annotations
 

@@ -20,7 +20,9 @@ def pro(inputs: LossInput, config: LossConfig) -> Tensor:
     Song et al. 2023, "Preference Ranking Optimization for Human Alignment" (arXiv:2306.17492), equation 7 with its
     reward differences as temperatures: s is the mean log-prob per token, T_kj = c (r_k - r_j) with c =
     `loss.score_scale`, and T_k = max_j T_kj. Below k are completions of a lower score. The released code shifts its
-    mask with the logits and so loses a token; here the mask goes with the labels.
+    mask with the logits and so loses a token; here the mask goes with the labels. Its SFT
+    term is `loss.sft_weight` times the *mean* over the best completion's tokens; the authors' is the *sum* over them
+    times 0.05 (K - 1)^2.
 
     Returns:
         [G]
