@@ -144,13 +144,10 @@ def _check_scorer(config: Config, task: Task | None) -> None:
     from actors.judges import build_scorer
     from actors.judges.llm_judge import check_llm_judge
     from actors.judges.majority import build_majority
-    from actors.judges.rubric import load_step_rubric
 
     kinds = judge_kinds(config)
     if "llm_judge" in kinds:
         check_llm_judge(config.judge, config.model.max_length)
-    if config.search.evaluation_weight:
-        load_step_rubric(config.search)
     if "majority" in kinds:
         build_majority(config.scorer)
     if "verifier" not in pooled_kinds(config):
@@ -196,17 +193,22 @@ def _check_separator(config: Config, tokenizer: Any) -> None:
 
 
 def _check_verdicts(config: Config, tokenizer: Any) -> None:
-    """Builds the judge that reads the probability of its verdicts over no engines: it knows what it cannot read."""
+    """Builds judges that read the probability of their verdicts over no engines: they know what they cannot read."""
+    from actors.judges.last_step import LastStep
     from actors.judges.llm_judge import build_llm_judge
 
-    if "llm_judge" not in judge_kinds(config) or config.judge.verdict != "probability":
+    reads = "llm_judge" in judge_kinds(config) and config.judge.verdict == "probability"
+    if not (reads or config.search.evaluation_weight):
         return
     if (named := own_language_model(config)) is not None:
         folder = find_model(named, "judge.model")
         tokenizer = load_tokenizer(folder, inspect_model(folder).vocab_size)
     encode = Renderer(tokenizer, config.task).encode
     never_asked: Any = SimpleNamespace(encode=encode, special_tokens=(), max_length=config.model.max_length)
-    build_llm_judge(config.judge, never_asked, config.seed)
+    if reads:
+        build_llm_judge(config.judge, never_asked, config.seed)
+    if config.search.evaluation_weight:
+        LastStep(never_asked, config.search, config.judge, config.seed)
 
 
 def _prompts(config: Config, task: Task, tokenizer: Any) -> tuple[PromptStream, list[Prompt]]:

@@ -210,7 +210,7 @@ def test_self_rewarding_trains_without_any_verifier(tmp_path):
 
 def test_scorers_whose_word_trains_are_doubted_and_the_verifier_is_not():
     for kind, reported in (("reward_model", True), ("preference_model", True), ("verifier", False)):
-        config = compose([f"scorer.kind={kind}", "judge.model=judge"])
+        config = compose([f"scorer.kind={kind}"])
         rollouts, roles = rollouts_of(config, generate=adding())
         roles = replace(roles, scorers={kind: Pool(score=Checking().score)})
         judge = Judges(config, roles, SimpleNamespace(tokenizer=TOKENIZER), SimpleNamespace(version=V1)).judge()

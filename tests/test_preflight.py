@@ -222,6 +222,9 @@ def test_a_judge_that_cannot_tell_its_verdicts_apart(refusal, place):
     edit_json(place / "judge" / "tokenizer.json", normalizer=same)
     pairwise = ("scorer=llm_judge", "judge=pairwise")
     expect(refusal(*pairwise, "judge.model=judge"), "judge.verdict=probability", "A, B apart")
+    search = ("recipe=mcts_dpo", "search.evaluation_weight=1", "generator.max_tokens=32")
+    expect(refusal(*search, "judge.model=judge"), "A, B apart")
+    preflight(compose([*USUAL, *search]))
     preflight(compose([*USUAL, *pairwise]))
     preflight(compose([*USUAL, "scorer=llm_judge", "judge.model=judge", "judge.max_tokens=32"]))
 
