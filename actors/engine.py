@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from orchestrator.types import FinishReason, GenerationRequest
+    from orchestrator.weights import TensorRecord
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +60,9 @@ class Engine(Protocol):
 
         Names that `unreadable` lists are left out: `score` proves those.
         """
+
+    def outdated(self, records: Sequence[TensorRecord]) -> list[str]:
+        """What `differing` finds, from checksums alone: where weights came without a second copy to compare with."""
 
     def unreadable(self, names: Iterable[str]) -> list[str]:
         """Those of `names` that `differing` cannot compare: unknown to the model, or sharded over devices."""

@@ -7,12 +7,11 @@ import os
 import traceback
 from typing import TYPE_CHECKING, Any
 
-import ray
-
 from actors.engine_loop import EngineLoop
 from actors.engines import build_engine
 from actors.vllm_transfer import WeightReceiver
 from orchestrator.errors import PublicationError
+from orchestrator.remote import fetch
 from orchestrator.weights import Publication, install
 
 if TYPE_CHECKING:
@@ -65,14 +64,19 @@ class Generator:
         """Gives requests up; they come back as aborted completions."""
         await asyncio.wrap_future(self._loop.abort(request_ids))
 
-    async def update_weights(self, publication: Publication) -> PolicyVersion:
+    async def update_weights(self, publication: Publication, deadline_s: float) -> PolicyVersion:
         """Loads and proves published weights between two decoding steps.
 
+        Args:
+            publication: of the learner.
+            deadline_s: until its bytes must have come (`cluster.publish_deadline_s`).
+
         Raises:
+            DeadlineError: they have not.
             PublicationError: naming this generator, the tensor and the version. The generator then serves nothing
                 until a publication succeeds.
         """
-        buckets = self.receive(publication)
+        buckets = await asyncio.to_thread(self.receive, publication, deadline_s)
 
         def switch(engine: Engine) -> PolicyVersion:
             self._loop.version = None
@@ -90,9 +94,14 @@ class Generator:
 
         await asyncio.wrap_future(self._loop.call(run))
 
-    def receive(self, publication: Publication) -> list[NDArray[np.uint8]]:
+    def receive(self, publication: Publication, deadline_s: float) -> list[NDArray[np.uint8]]:
         """The publication's bytes, read in place from the object store."""
-        buckets: list[NDArray[np.uint8]] = ray.get(list(publication.buckets))
+        buckets: list[NDArray[np.uint8]] = fetch(
+            list(publication.buckets),
+            what=f"{self.name}: bytes of weights {publication.version}",
+            deadline_s=deadline_s,
+            knob="cluster.publish_deadline_s",
+        )
         return buckets
 
     async def generated(self) -> tuple[int, int]:

@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from orchestrator.weights import checksum
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from orchestrator.weights import TensorRecord
 
 TRANSPOSED = {"gpt2": ("c_attn.weight", "c_proj.weight", "c_fc.weight")}
 """Model type -> names whose matrices vLLM holds as [out, in] where the checkpoint has [in, out]."""
@@ -43,6 +47,18 @@ def differing(worker: Any, tensors: Mapping[str, torch.Tensor]) -> list[str]:
     model = worker.model_runner.get_model()
     held = {name: _held(model, name) for name in tensors}
     return [name for name, value in held.items() if value is not None and not same_bits(value, tensors[name])]
+
+
+def outdated(worker: Any, records: Sequence[TensorRecord]) -> list[str]:
+    """Names of readable tensors that have another checksum than their record; held in another dtype they have none."""
+    model = worker.model_runner.get_model()
+    held = {record: _held(model, record.name) for record in records}
+    return [record.name for record, value in held.items() if value is not None and is_outdated(value, record)]
+
+
+def is_outdated(held: torch.Tensor, record: TensorRecord) -> bool:
+    """Whether `held`, in the dtype that was published, has another checksum than was published."""
+    return str(held.dtype) == f"torch.{record.dtype}" and checksum(held) != record.checksum
 
 
 def unreadable(worker: Any, names: Sequence[str]) -> list[str]:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
 
 from actors.engine import EngineOutput, check_sequences, token_budget
-from actors.held_weights import same_bits
+from actors.held_weights import is_outdated, same_bits
 from orchestrator.errors import ConfigError, ModelError
 from orchestrator.types import FinishReason
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from orchestrator.types import GenerationRequest
+    from orchestrator.weights import TensorRecord
 
 SCORED_TOKENS = 2048
 """Tokens of one scoring forward: its logits are held at once."""
@@ -154,6 +155,11 @@ class TransformersEngine:
         """Names of tensors whose values the engine does not hold, bit for bit; see `unreadable`."""
         held = self._model.state_dict()
         return [name for name, tensor in tensors.items() if name in held and not same_bits(held[name], tensor)]
+
+    def outdated(self, records: Sequence[TensorRecord]) -> list[str]:
+        """Names of tensors that have another checksum than their record; see `unreadable`."""
+        held = self._model.state_dict()
+        return [record.name for record in records if record.name in held and is_outdated(held[record.name], record)]
 
     def unreadable(self, names: Iterable[str]) -> list[str]:
         """Those of `names` that `differing` cannot compare: unknown to the model."""

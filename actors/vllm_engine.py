@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from orchestrator.types import GenerationRequest
+    from orchestrator.weights import TensorRecord
 
 CPU_BLOCK_TOKENS = 32
 """Tokens of one KV block: the smallest a CPU takes, since only whole blocks are shared between prompts."""
@@ -164,6 +165,11 @@ class VllmEngine:
         """Names of tensors whose values the engine does not hold, bit for bit; see `unreadable`."""
         found = self.call_workers(held_weights.differing, dict(tensors))
         return [name for name in tensors if any(name in names for names in found)]
+
+    def outdated(self, records: Sequence[TensorRecord]) -> list[str]:
+        """Names of tensors that have another checksum than their record; see `unreadable`."""
+        found = self.call_workers(held_weights.outdated, tuple(records))
+        return [record.name for record in records if any(record.name in names for names in found)]
 
     def unreadable(self, names: Iterable[str]) -> list[str]:
         """Those of `names` that `differing` cannot compare: unknown to the model, or sharded over devices."""

@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conf.schema import LearnerConfig, LossConfig
+from learners.losses.state import LossState
 from learners.policy import Policy
 from learners.step import optimizer_step
 from orchestrator.batching import pack
@@ -103,7 +105,9 @@ def timed_step(
         torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated() if cuda else 0
     start = time.perf_counter()
-    metrics = optimizer_step(policy, optimizer, batch, loss=LossConfig(), learner=learner, lr=1e-7, version=0)
+    metrics, _ = optimizer_step(
+        policy, optimizer, batch, loss=LossConfig(), learner=learner, lr=1e-7, version=0, state=LossState()
+    )
     if cuda:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
@@ -126,7 +130,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
         for kind, results in runs.items():
             policy.packing_refused = None if kind == "packed" else "measuring the padded path"
             results.append(timed_step(policy, optimizer, batch, learner))
-    rows = {
+    rows: dict[str, dict[str, Any]] = {
         kind: {
             "seconds": statistics.median(seconds for seconds, _, _ in results[1:]),
             "unique_tokens_per_s": batch.num_tokens / statistics.median(seconds for seconds, _, _ in results[1:]),

@@ -187,7 +187,7 @@ def update(model: PreTrainedModel, optimizer: torch.optim.Optimizer, pairs: list
 
         optimizer.param_groups[0]["lr"] = s.lr * min(1.0, (step + 1) / (s.warmup_steps + 1))
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()  # its running averages live on from iteration to iteration
         losses.append(loss.item())

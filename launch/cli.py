@@ -140,7 +140,7 @@ def generate(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A model folder, such as `agon export` writes, or a cached hub id.")
     ],
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask; -: read it from stdin as it is.")],
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
@@ -152,6 +152,7 @@ def generate(
     inspect_model(folder)  # refuses at once what is no model; the next import takes seconds
     from launch.generate import generate as answer
 
+    prompt = sys.stdin.read() if prompt == "-" else prompt
     typer.echo(answer(str(folder), prompt, max_tokens=max_tokens, temperature=temperature, seed=seed))
 
 

@@ -27,6 +27,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 _FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 CAUSAL = ("CausalLM", "LMHeadModel")
+_HUB_TIMEOUT_S = 5.0
 MAX_HEADER_BYTES = 100 << 20
 """The format's own limit."""
 
@@ -85,17 +86,20 @@ def find_model(path: str, key: str = "model.path") -> Path:
         raise ModelError(f"{key}={path}: a file; name the folder that holds config.json and the weights")
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ModelError(f"{key}={path}: no such folder (looked for {folder.absolute()})")
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import constants, model_info, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    unreachable: Any = HfHubHTTPError.__bases__  # OSError, and what the hub's client raises: httpx's, or httpx2's
     try:
         with suppress(LocalEntryNotFoundError):
             return Path(snapshot_download(path, local_files_only=True))
+        model_info(path, timeout=_HUB_TIMEOUT_S)  # asks once, where a download asks again and again
         return Path(snapshot_download(path, allow_patterns=_FETCHED))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except (HFValidationError, *unreachable) as error:
+        said = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ModelError(
             f"{key}={path}: no such folder (looked for {folder.absolute()}), no hub model of that name in the cache"
-            f" {constants.HF_HUB_CACHE}, and the hub does not give it ({str(error).splitlines()[0]}): correct the path,"
+            f" {constants.HF_HUB_CACHE}, and the hub does not give it ({said}): correct the path,"
             f" log in (hf auth login), or fetch it once where there is a network: hf download {path}"
         ) from error
 
@@ -134,7 +138,7 @@ def inspect_model(folder: Path) -> ModelShape:
         )
     if complaints:
         raise ModelError("\n".join(complaints))
-    return _shape(config, num_parameters)
+    return _shape(folder / "config.json", config, num_parameters)
 
 
 def _read_config(folder: Path) -> Mapping[str, Any]:
@@ -143,6 +147,10 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
         raise ModelError(f"{path}: no such file: model.path must name a folder in the Hugging Face layout")
     config = read_json(path)
     architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise ModelError(f"{path}: architectures is {architectures!r}, expected a list of names")
+    if not isinstance(config.get("text_config", {}), dict):
+        raise ModelError(f"{path}: text_config is {config['text_config']!r}, expected an object")
     if architectures and not any(name.endswith(CAUSAL) for name in architectures):
         raise ModelError(f"{path}: architectures is {', '.join(architectures)}, not a causal language model")
     if "auto_map" in config and "model_type" not in config:
@@ -164,7 +172,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def count_parameters(folder: Path) -> int:
-    """Of all tensors in a folder's safetensors, whatever kind of model it holds.
+    """Of all tensors in a folder's safetensors, whatever kind of model it holds. Raises as `read_shapes`."""
+    return sum(map(math.prod, read_shapes(folder).values()))
+
+
+def read_shapes(folder: Path) -> dict[str, list[int]]:
+    """Names and shapes of all tensors in a folder's safetensors.
 
     Raises:
         ModelError: there are none, or one of the files is missing, damaged or cut short.
@@ -180,7 +193,10 @@ def count_parameters(folder: Path) -> int:
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing or not shards:
         raise ModelError(f"{index}: names {len(missing)} files that are missing, the first {missing[:1]}: fetch them")
-    return sum(math.prod(shape) for name in shards for shape in read_header(folder / name).values())
+    shapes = {tensor: shape for name in shards for tensor, shape in read_header(folder / name).items()}
+    if not shapes:
+        raise ModelError(f"{folder}: no tensors in its safetensors: fetch it again")
+    return shapes
 
 
 def _no_weights(folder: Path) -> str:
@@ -213,17 +229,22 @@ def read_header(path: Path) -> dict[str, list[int]]:
             end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise ModelError(f"{path}: its safetensors header is damaged ({error!r}): fetch it again") from error
-    if not shapes or end != size:
+    if end != size:
         raise ModelError(f"{path}: {size} bytes, but its header promises {end}: cut short; fetch it again")
     return shapes
 
 
-def _shape(config: Mapping[str, Any], num_parameters: int) -> ModelShape:
+def _shape(path: Path, config: Mapping[str, Any], num_parameters: int) -> ModelShape:
     """Sizes under the names that model families give them; 0 where none is known."""
     text = {**config, **config.get("text_config", {})}
 
     def find(*names: str, default: int = 0) -> int:
-        return next((int(text[name]) for name in names if text.get(name) is not None), default)
+        name = next((name for name in names if text.get(name) is not None), None)
+        if name is None:
+            return default
+        if type(text[name]) is not int or text[name] < 1:
+            raise ModelError(f"{path}: {name} is {text[name]!r}, expected a whole number above 0")
+        return int(text[name])
 
     width, heads = find("hidden_size", "n_embd", "d_model"), find("num_attention_heads", "n_head", default=1)
     kv_heads, head = find("num_key_value_heads", default=heads), find("head_dim", default=width // heads)

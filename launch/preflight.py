@@ -1,7 +1,8 @@
 """Refuses what cannot work before Ray starts: within seconds, nothing written, everything that was found at once.
 
 What it loads on the way (task, tokenizer, prompts) is what the run uses. Ray, vLLM and the model's weights are not
-loaded; the tokenizer comes last, because importing transformers takes longer than all the rest.
+loaded; the tokenizer and then the names of the weights come last, because importing transformers, and for them torch,
+takes longer than all the rest.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from conf.compose import CONFIG_FILE
 from conf.validate import judge_kinds, own_language_model, pooled_kinds, validate
 from launch.machines import existing_parent, this_machine
-from launch.model_files import find_model, inspect_model, tiny_shape
+from launch.model_files import find_model, inspect_model, read_shapes, tiny_shape
 from launch.resources import check_resources
+from launch.resuming import check_resumable
 from launch.seeds import load_seeds
 from launch.tokenizers import load_tokenizer
 from orchestrator.errors import ConfigError, DataError, ModelError, UserError
-from orchestrator.prompts import PromptStream, Renderer, fitting
+from orchestrator.prompts import PromptStream, Renderer, check_lengths, fitting
 from orchestrator.tasks import build_task
 from orchestrator.wandb_tracker import wandb_mode
 
@@ -41,7 +43,8 @@ T = TypeVar("T")
 TINY_VOCABULARY = 32
 """Roughly; `launch.tiny` has the exact one, behind an import of transformers."""
 MAX_RENDERED = 10_000
-"""Prompts that are rendered and tokenized, longest first; the rest are checked when they are drawn."""
+"""Prompts that are rendered and tokenized, longest text first. The rest are if one of these is too long; else they are
+checked when they are drawn."""
 GENERATED = 16
 """Of a generated task all prompts are alike."""
 
@@ -85,6 +88,8 @@ def preflight(config: Config, *, resume: Path | None = None, machine: Machine | 
 
     run_dir = run_folder(config) if resume is None else resume.absolute()
     collect(lambda: _check_run_dir(run_dir, resume))
+    if resume is not None:
+        collect(lambda: check_resumable(config, run_dir))
     task = collect(lambda: build_task(config.task, config.seed))
     collect(lambda: _check_scorer(config, task))
     collect(lambda: wandb_mode(config.tracking.wandb))
@@ -101,6 +106,8 @@ def preflight(config: Config, *, resume: Path | None = None, machine: Machine | 
     collect(lambda: _check_verdicts(config, tokenizer))
     _raise(found)
     prompts, test_prompts = _prompts(config, task, tokenizer)
+    if model[0] is not None:
+        _check_weights(model[0])
     return Inputs(
         run_dir=run_dir,
         model_dir=model[0],
@@ -170,6 +177,15 @@ def _find_model(config: Config) -> tuple[Path | None, ModelShape]:
     return folder, shape
 
 
+def _check_weights(folder: Path) -> None:
+    # The learner's own imports, seconds of them: after everything that can be refused without.
+    from transformers import AutoModelForCausalLM
+
+    from learners.loading import check_weights
+
+    check_weights(AutoModelForCausalLM, folder, read_shapes(folder))
+
+
 def _load_tokenizer(config: Config, folder: Path | None, shape: ModelShape) -> Any:
     if folder is not None:
         tokenizer = load_tokenizer(folder, shape.vocab_size)
@@ -221,6 +237,8 @@ def _prompts(config: Config, task: Task, tokenizer: Any) -> tuple[PromptStream, 
     else:
         problems = sorted(islice(task.train(0), task.num_train), key=lambda problem: -len(str(problem.content)))
     rendered = [render(problem) for problem in problems[:MAX_RENDERED]]
+    if check_lengths(rendered, **lengths).num_too_long:
+        rendered += [render(problem) for problem in problems[MAX_RENDERED:]]  # they are to be counted
     left = fitting(rendered, **lengths, on_too_long=on_too_long, locate=task.locate)
     usable = task.num_train - len(rendered) + len(left)
     wanted = config.pipeline.prompts_per_iteration

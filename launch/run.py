@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from conf.schema import Config
     from launch.preflight import Inputs
+    from orchestrator.tasks.base import Task
 
 _MAY_CHANGE = (
     # How long, and what is kept.
@@ -213,7 +214,7 @@ class Run:
             _say(f"accuracy        {_headline(build_summary(self._ledger)['accuracy'])}")
             _say(f"run folder      {folder}  (summary.json, metrics.jsonl, rollouts/, pairs/)")
             _say(f"exported model  {folder / 'model'}")
-            _say(f"next            {agon} generate {folder / 'model'} {shlex.quote(_example(self._inputs))}")
+            _say(f"next            {_ask(agon, folder / 'model', self._inputs.task)}")
             _say(f"                {agon} status {folder}")
             return 0
         finished = self._ledger.resume_point()
@@ -252,10 +253,13 @@ def _say(text: str, stream: Any = None) -> None:
     print(text, file=stream or sys.stdout, flush=True)
 
 
-def _example(inputs: Inputs) -> str:
-    """A held-out problem to try the model on."""
-    content = inputs.task.test(1)[0].content
-    return content.strip() if isinstance(content, str) else content[-1].content
+def _ask(agon: str, model: Path, task: Task) -> str:
+    """The command that asks the model a held-out problem as it was asked in the run, whose prompt may end its line."""
+    content = task.test(1)[0].content
+    text = content if isinstance(content, str) else content[-1].content
+    if text.endswith("\n"):
+        return f"echo {shlex.quote(text[:-1])} | {agon} generate {model} -"
+    return f"{agon} generate {model} {shlex.quote(text)}"
 
 
 @contextmanager

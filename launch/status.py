@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from orchestrator import runlock, summary
 from orchestrator.errors import DataError
 from orchestrator.files import dump_json
-from orchestrator.ledger import LedgerReader, RunStatus
+from orchestrator.ledger import FILE_NAME, LedgerReader, RunStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from orchestrator.ledger import PhaseRecord
@@ -42,7 +42,8 @@ def read_status(run: Path) -> dict[str, Any]:
     held_by = runlock.holder(run)
     try:
         with LedgerReader(run) as ledger:
-            known, phases = summary.build_summary(ledger), ledger.phases()
+            known = summary.build_summary(ledger, seconds=_outside_iterations(run, ledger.phases()))
+            phases = ledger.phases()
     except DataError as error:
         known, phases = _without_ledger(run, error, held_by), []
     state, note = _state(known.get("status"), held_by)
@@ -60,7 +61,21 @@ def _without_ledger(run: Path, error: DataError, held_by: runlock.Holder | None)
             raise DataError(f"{error}; {path}: not JSON: {damaged}") from damaged
     if held_by is not None:
         return {"status": RunStatus.RUNNING, "note": "nothing is recorded yet"}
+    if not (run / FILE_NAME).exists():
+        raise DataError(f"{run}: holds no run (there is no {FILE_NAME})") from error
     raise error
+
+
+def _outside_iterations(run: Path, phases: Sequence[PhaseRecord]) -> dict[str, float]:
+    """Seconds that `summary.json` has of stages which the ledger knows nothing of: warm start, start, export."""
+    path = run / summary.FILE_NAME
+    if not path.exists():
+        return {}
+    try:
+        seconds: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))["seconds"]
+    except (json.JSONDecodeError, KeyError):
+        return {}  # the ledger has all that counts
+    return {stage: value for stage, value in seconds.items() if stage not in {phase.phase for phase in phases}}
 
 
 def _state(status: str | None, held_by: runlock.Holder | None) -> tuple[str, str | None]:

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from orchestrator.rollouts import Roles
     from orchestrator.tracking import Tracker
 
-_ANSWER_S = 60.0
 PROBE_TOKENS = 64
 """Longest probe: enough for every layer to matter, cheap beside a publication."""
 
@@ -41,7 +40,7 @@ def build_context(config: Config, inputs: Inputs, model_dir: Path, *, ledger: Le
     start_ray(config)
     seeds = load_seeds(config, model_dir, inputs.tokenizer)
     roles = start_roles(config, model_dir=str(model_dir), probe_token_ids=probe, seeds=seeds)
-    _warn_of_padding(roles, tracker)
+    _warn_of_padding(roles, tracker, config.learner.start_deadline_s)
     publisher = Publisher(roles, config.cluster.publish_deadline_s)
     judges = Judges(config, roles, inputs, publisher)
     judge = judges.judge()
@@ -66,11 +65,11 @@ def build_context(config: Config, inputs: Inputs, model_dir: Path, *, ledger: Le
     )
 
 
-def _warn_of_padding(roles: Roles, tracker: Tracker) -> None:
+def _warn_of_padding(roles: Roles, tracker: Tracker, deadline_s: float) -> None:
     refused = fetch(
         roles.learner.packing_refused.remote(),
         what="learner: its packing",
-        deadline_s=_ANSWER_S,
+        deadline_s=deadline_s,
         knob="learner.start_deadline_s",
     )
     if refused:

@@ -14,6 +14,7 @@ import ray
 from actors.vllm_transfer import WeightSender
 from learners.trainer import Trainer
 from orchestrator.errors import DeadlineError, TrainingError
+from orchestrator.remote import fetch
 from orchestrator.weights import Probe, Publication, checksums, pack, version_of
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Learner:
         self._busy = threading.Lock()
         self._steps_done = 0
         self._step_deadline_s = learner.step_deadline_s
+        self._publish_deadline_s = 0.0
         self._probe_token_ids = probe_token_ids
         self._dtype = dtype
         self._transport = weight_transport
@@ -101,7 +103,12 @@ class Learner:
                 lease = queue.lease(timeout_s=self._step_deadline_s, duration_s=self._step_deadline_s)
                 if lease is None:
                     raise DeadlineError(f"learner: no batch in the queue within {self._step_deadline_s:g} s")
-                batch: PreferenceBatch = ray.get(lease.item, timeout=self._step_deadline_s)
+                batch: PreferenceBatch = fetch(
+                    lease.item,
+                    what="learner: a batch out of the queue",
+                    deadline_s=self._step_deadline_s,
+                    knob="learner.step_deadline_s",
+                )
                 results.append(self._trainer.update(self._trainer.annotate(batch)))
                 if not queue.acknowledge(lease.id):
                     raise TrainingError(
@@ -111,8 +118,12 @@ class Learner:
                 self._steps_done += 1
             return results
 
-    def publish(self, number: int, receivers: Sequence[Any]) -> Publication:
-        """Makes the weights version `number`: puts them into the object store, or sends them to `receivers`."""
+    def publish(self, number: int, receivers: Sequence[Any], deadline_s: float) -> Publication:
+        """Makes the weights version `number`: puts them into the object store, or sends them to `receivers`.
+
+        Raises:
+            DeadlineError: a receiver has not got them within `deadline_s` (`cluster.publish_deadline_s`).
+        """
         with self._busy:
             self._trainer.version = number
             tensors = self._trainer.named_tensors()
@@ -122,9 +133,10 @@ class Learner:
                 return Publication(
                     version=version_of(number, records), records=records, buckets=refs, probe=self._probe()
                 )
+            self._publish_deadline_s = deadline_s
             self._send(receivers)
-            version = version_of(number, checksums(tensors))
-            return Publication(version=version, records=(), buckets=(), probe=self._probe())
+            records = checksums(tensors)
+            return Publication(version=version_of(number, records), records=records, buckets=(), probe=self._probe())
 
     def _send(self, receivers: Sequence[Any]) -> None:
         """Over vLLM's weight transfer; a group is formed anew when a generator was replaced."""
@@ -145,7 +157,12 @@ class Learner:
 
     def _call_receivers(self, method: str, payloads: Sequence[dict[str, Any]]) -> None:
         pairs = zip(self._receivers, payloads, strict=True)
-        ray.get([actor.transfer.remote(method, payload) for actor, payload in pairs], timeout=self._step_deadline_s)
+        fetch(
+            [actor.transfer.remote(method, payload) for actor, payload in pairs],
+            what=f"generators: {method} weights over {self._transport}",
+            deadline_s=self._publish_deadline_s,
+            knob="cluster.publish_deadline_s",
+        )
 
     def kl_to_initial(self, samples: Sequence[tuple[Prompt, Completion]]) -> float:
         """KL(policy || initial model) per completion, nats, estimated on completions the policy sampled."""

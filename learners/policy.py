@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
+from learners.loading import load
 from learners.logprobs import TokenScores, check_packing, plain_token_logprobs, token_logprobs
 from learners.packed import ATTENTION
 from orchestrator.errors import ModelError
@@ -34,29 +35,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load_model(folder: str | Path) -> nn.Module:
-    """Load a causal language model from a folder in fp32: safetensors only, no remote code, dropout off.
+    """Load a causal language model from a folder in fp32; see `learners.loading`.
 
     Raises:
-        ModelError: the folder has no config, no safetensors, or an architecture that transformers does not know.
+        ModelError: the folder has no config, no safetensors, not all weights, or an architecture that transformers does
+            not know.
     """
     if not (Path(folder) / "config.json").is_file():
         raise ModelError(f"no config.json in {folder}; the learner needs a Hugging Face model folder")
-    try:
-        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        for name, value in vars(config).items():
-            if isinstance(value, float) and ("drop" in name):
-                setattr(config, name, 0.0)
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load a causal language model from {folder}: {error}") from error
-    return model.eval()
+    return load(AutoModelForCausalLM, folder, torch.float32)
 
 
 class Policy(nn.Module):

@@ -43,7 +43,7 @@ class Publisher:
         """
         publication = self._current = self._send(number)
         self._roles.generators.broadcast(
-            lambda actor: actor.update_weights.remote(publication),
+            lambda actor: actor.update_weights.remote(publication, self._deadline_s),
             what=f"load weights {publication.version}",
             deadline_s=self._deadline_s,
             knob=_KNOB,
@@ -53,7 +53,7 @@ class Publisher:
     def _send(self, number: int) -> Publication:
         learner, generators = self._roles.learner, self._roles.generators
         publication: Publication = fetch(
-            learner.publish.remote(number, generators.actors),
+            learner.publish.remote(number, generators.actors, self._deadline_s),
             what=f"learner: publish weights v{number}",
             deadline_s=self._deadline_s,
             knob=_KNOB,
@@ -66,7 +66,7 @@ class Publisher:
             return actor.ready.remote()
         if not self._current.buckets:  # nothing is kept of weights that were sent by NCCL or IPC: send them again
             self._current = self._send(self._current.version.number)
-        return actor.update_weights.remote(self._current)
+        return actor.update_weights.remote(self._current, self._deadline_s)
 
 
 def reference_version(kind: str, decay: float, versions: Sequence[PolicyVersion]) -> PolicyVersion:

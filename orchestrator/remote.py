@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,10 @@ from orchestrator.errors import ActorLostError, AgonError, DeadlineError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+_RAISED = re.compile(r"[\w.]*(Error|Exception|Exit|Interrupt)(:|$)")
+_ADDRESS = re.compile(r"([\w ]+ )?https?://\S+")
+_LAST_LINES = 3
 
 
 def fetch(ref: Any, *, what: str, deadline_s: float, knob: str) -> Any:
@@ -42,8 +47,11 @@ def fetch(ref: Any, *, what: str, deadline_s: float, knob: str) -> Any:
 
 
 def last_words(error: RayActorError) -> str:
-    """The line of a remote traceback that says what went wrong."""
-    return next((line for line in reversed(str(error).splitlines()) if line.strip()), repr(error))
+    """The line of a remote traceback that says what went wrong, and the lines that go on with it."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [line for line in lines if line and not _ADDRESS.fullmatch(line)]
+    start = max((index for index, line in enumerate(lines) if _RAISED.match(line)), default=len(lines) - 1)
+    return " ".join(lines[max(start, 0) :][:_LAST_LINES]) or repr(error)
 
 
 def unwrap(error: RayTaskError) -> Exception:

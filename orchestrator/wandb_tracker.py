@@ -11,9 +11,14 @@ from __future__ import annotations
 import netrc
 import os
 import secrets
-from contextlib import ExitStack
+import sys
+from contextlib import ExitStack, suppress
+from functools import partial
+from threading import Thread
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
+
+import psutil
 
 from orchestrator.errors import ConfigError
 from orchestrator.ledger import RunStatus
@@ -30,6 +35,8 @@ Mode = Literal["online", "offline", "disabled"]
 
 _INIT_TIMEOUT_S = 20
 _FINISH_TIMEOUT_S = 60
+_STOP_TIMEOUT_S = 3
+"""Of each of two waits where the run was broken off, and somebody waits for the terminal."""
 _TABLE_ROWS = 16
 _COLUMNS = ["iteration", "prompt", "chosen", "rejected", "chosen_score", "rejected_score", "margin", "scorer"]
 _BY_ITERATION = ("rollout/*", "pairs/*", "train/*", "eval/*", "time/*", "throughput/*")
@@ -91,6 +98,7 @@ class WandbTracker(Tracker):
         folder = run.run_dir / "wandb"
         folder.mkdir(parents=True, exist_ok=True)
         self._cleanup.callback(_restore_environment, dict(os.environ))
+        self._cleanup.callback(_stop_service)  # of which there may be one from here on, whatever breaks off `init`
         os.environ |= {"WANDB_SILENT": "true", "WANDB_DATA_DIR": str(folder), "WANDB_CACHE_DIR": str(folder / "cache")}
         self._run = self._init(run, mode)
         if self._run is None and mode == "online":
@@ -141,9 +149,11 @@ class WandbTracker(Tracker):
         self._attempt(lambda run: run.log({"iteration": shown[0].iteration, "pairs/examples": table}))
 
     def finish(self, status: RunStatus) -> None:
-        """Uploads what is left, within a minute, and ends wandb's service process."""
-        exit_code = 0 if status is RunStatus.FINISHED else 1
-        self._attempt(lambda run: run.finish(exit_code=exit_code))
+        """Uploads what is left and ends wandb's service process: within a minute, or seconds if the run broke off."""
+        if status is RunStatus.FINISHED:
+            self._attempt(lambda run: run.finish(exit_code=0))
+        elif self._run is not None:
+            _within(_STOP_TIMEOUT_S, partial(self._run.finish, exit_code=1))
         self._give_up()
 
     def _attempt(self, action: Callable[[Any], Any]) -> None:
@@ -157,20 +167,32 @@ class WandbTracker(Tracker):
             self._give_up()
 
     def _give_up(self) -> None:
-        if self._run is not None:
-            self._run = None
-            _stop_service()
+        self._run = None
         self._cleanup.close()
 
 
 def _stop_service() -> None:
-    import wandb
+    if wandb := sys.modules.get("wandb"):
+        _within(_STOP_TIMEOUT_S, wandb.teardown)
 
-    try:
-        wandb.teardown()
-    except Exception:  # noqa: BLE001 - see above
-        # The service is gone already, which is what was asked for.
-        return
+
+def _within(seconds: float, action: Callable[[], Any]) -> None:
+    """Does something with wandb's service, and kills the service where that takes longer."""
+
+    def work() -> None:
+        # See above; and where its service is gone already, which is what is asked for, wandb wants to leave Python.
+        with suppress(Exception, SystemExit):
+            action()
+
+    worker = Thread(target=work, daemon=True)
+    worker.start()
+    worker.join(seconds)
+    if worker.is_alive():
+        for process in psutil.Process().children():
+            with suppress(psutil.Error):  # it ended by itself
+                if "wandb" in process.name():
+                    process.kill()
+                    process.wait(1)
 
 
 def _define_metrics(run: Any) -> None:

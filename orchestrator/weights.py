@@ -4,7 +4,8 @@
 
 The proof has three links, each of which names what failed: the bytes received match the checksums taken at the
 learner (`corrupted`), the engine holds those bytes (`Engine.differing`), and its forward pass agrees with the learner's
-on a probe sequence (`Probe`), which also catches stale caches and re-packed weights.
+on a probe sequence (`Probe`), which also catches stale caches and re-packed weights. Weights that are sent by NCCL or
+IPC leave no bytes to compare with: what the engine holds is held against the checksums instead (`Engine.outdated`).
 
 A bucket is one flat uint8 array of some hundred MiB: few objects, no pickling, zero-copy reads on the same node.
 """
@@ -120,6 +121,11 @@ def version_of(number: int, records: Sequence[TensorRecord]) -> PolicyVersion:
     return PolicyVersion(number=number, digest=digest(records))
 
 
+def checksum(tensor: torch.Tensor) -> str:
+    """xxh3-64 of a tensor's bytes, as in its `TensorRecord`."""
+    return pack({"": tensor})[0][0].checksum
+
+
 def corrupted(records: Sequence[TensorRecord], buckets: Sequence[NDArray[np.uint8]]) -> list[str]:
     """Names of tensors whose bytes do not match their checksum."""
     return [
@@ -157,6 +163,7 @@ def install(
     """
     version = publication.version
     if not publication.buckets:  # they came by NCCL or IPC and are loaded; there is no second copy to compare with
+        _refuse(engine.outdated(publication.records), publication, holder)
         prove(engine, publication, {}, holder=holder)
         return version
     if names := corrupted(publication.records, buckets):
@@ -174,12 +181,7 @@ def install(
 def prove(engine: Engine, publication: Publication, tensors: Mapping[str, torch.Tensor], *, holder: str) -> None:
     """Raises PublicationError unless the engine holds `tensors` and its forward pass agrees with the probe."""
     version = publication.version
-    if names := engine.differing(tensors):
-        raise PublicationError(
-            f"{holder}: tensor {names[0]} does not hold what weights {version} say ({len(names)} of"
-            f" {len(tensors)} tensors differ). The engine did not take the update; this is a defect of the engine"
-            " or its version: pin the version this project was tested with."
-        )
+    _refuse(engine.differing(tensors), publication, holder)
     probe = publication.probe
     if not probe.logprobs:
         return
@@ -188,6 +190,15 @@ def prove(engine: Engine, publication: Publication, tensors: Mapping[str, torch.
     if not worst <= probe.tolerance:
         raise PublicationError(
             f"{holder}: log-probs of the probe under weights {version} differ from the learner's by {worst:.2e}"
-            f" (allowed {probe.tolerance:.0e}), though every tensor matches. The engine computes another function than"
-            " the learner: check dtype and the model's support in both."
+            f" (allowed {probe.tolerance:.0e}), though every tensor that can be read matches. The engine computes"
+            " another function than the learner: check dtype and the model's support in both."
+        )
+
+
+def _refuse(names: Sequence[str], publication: Publication, holder: str) -> None:
+    if names:
+        raise PublicationError(
+            f"{holder}: tensor {names[0]} does not hold what weights {publication.version} say ({len(names)} of"
+            f" {len(publication.records)} tensors differ). The engine did not take the update; this is a defect of the"
+            " engine or its version: pin the version this project was tested with."
         )

@@ -3,6 +3,7 @@
 import numpy as np
 
 from actors.engine import EngineOutput
+from actors.held_weights import is_outdated
 from orchestrator.types import FinishReason
 
 
@@ -55,6 +56,9 @@ class CountingEngine:
 
     def differing(self, tensors):
         return [name for name, tensor in tensors.items() if not (tensor == self.weights.get(name, tensor + 1)).all()]
+
+    def outdated(self, records):
+        return [r.name for r in records if r.name in self.weights and is_outdated(self.weights[r.name], r)]
 
     def score(self, sequences):
         return [np.full(len(sequence) - 1, -1.0, dtype=np.float32) for sequence in sequences]

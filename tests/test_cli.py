@@ -7,10 +7,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
+from conf.schema import TaskConfig
 from launch import cli
+from launch.run import _ask
+from launch.tiny import make_tokenizer
+from learners.policy import load_model
 from orchestrator.errors import DeadlineError
+from orchestrator.prompts import Renderer
+from orchestrator.tasks.addition import AdditionTask
+from tests.models import make_model
 
 ROOT = Path(__file__).parent.parent
 PLAIN = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "CLICOLOR_FORCE")}
@@ -131,3 +141,45 @@ def test_the_exit_code_of_a_run_is_that_of_the_command(monkeypatch):
     with pytest.raises(SystemExit) as left:
         cli.main()
     assert (left.value.code, seen) == (1, [(11, None)])
+
+
+def test_the_command_that_is_printed_asks_what_the_run_asked(tmp_path):
+    """Typed into a shell, with the tokens put out instead of an answer."""
+    make_tokenizer(64).save_pretrained(tmp_path / "model")
+    task = AdditionTask(digits=4)
+    (tmp_path / "show").write_text(
+        f"#!{sys.executable}\n"
+        "import sys; from launch.generate import prompt_tokens; from transformers import AutoTokenizer\n"
+        "assert sys.argv[1] == 'generate' and sys.argv[3] == '-'\n"
+        "print(list(prompt_tokens(AutoTokenizer.from_pretrained(sys.argv[2]), sys.stdin.read())))\n"
+    )
+    (tmp_path / "show").chmod(0o755)
+    command = _ask("./show", Path("model"), task)
+    fed = subprocess.run(
+        ["sh", "-c", command],
+        cwd=tmp_path,
+        env=PLAIN | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    render = Renderer(make_tokenizer(64), TaskConfig())
+    assert json.loads(fed.stdout) == list(render(task.test(1)[0]).token_ids), fed.stderr
+
+
+@pytest.mark.parametrize("prompt", ["Is 12 + 30 = 42?", "-"])
+def test_generate_answers(tmp_path, prompt):
+    model = make_model("llama", tmp_path / "model")
+    result = CliRunner().invoke(
+        cli.app, ["generate", str(model), prompt, "--max-tokens", "6"], input="Is 12 + 30 = 42?"
+    )
+    assert result.exit_code == 0, result.output
+    policy, tokenizer = load_model(model), AutoTokenizer.from_pretrained(model)
+    chat = "<s><user>Is 12 + 30 = 42?\n<assistant>"
+    tokens = tokenizer.encode(chat, add_special_tokens=False)
+    for _ in range(6):
+        tokens.append(int(policy(torch.tensor([tokens])).logits[0, -1].argmax()))
+        if tokens[-1] == tokenizer.eos_token_id:
+            break
+    start = len(tokenizer.encode(chat, add_special_tokens=False))
+    assert result.stdout == tokenizer.decode(tokens[start:], skip_special_tokens=True).strip() + "\n"

@@ -4,21 +4,31 @@ Every refusal runs through the command line's own entry point.
 """
 
 import json
+import os
 import shutil
+import socket
+import subprocess
 import sys
 from dataclasses import replace
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from conf.compose import compose
 from launch import cli, machines
 from launch.machines import Machine
-from launch.model_files import ModelShape, find_model, inspect_model, read_header, tiny_shape
+from launch.model_files import ModelShape, find_model, inspect_model, read_header, read_shapes, tiny_shape
 from launch.preflight import preflight
 from launch.resources import GIB, check_resources, disk_plan, kv_bytes_per_token, memory_plan
+from learners.loading import check_weights
+from learners.policy import load_model
+from learners.preference.config import HeadConfig
+from learners.preference.folder import new_model
 from orchestrator.errors import ModelError, ResourceError
-from tests.models import make_model
+from tests.models import KINDS, make_model
 
 PROBLEMS = [{"prompt": f"{n} + 1 =", "answer": str(n + 1)} for n in range(40)]
 LLAMA_7B = ModelShape(
@@ -180,6 +190,15 @@ def test_prompts_longer_than_the_context(refusal, place):
     assert len(kept.prompts.take(38)) == 38
 
 
+def test_all_that_are_too_long_are_counted(refusal, place, monkeypatch):
+    """Also beyond those that are rendered anyway; the longest is told by its tokens, of which a sign may have four."""
+    monkeypatch.setattr("launch.preflight.MAX_RENDERED", 4)
+    rows = [{"prompt": f"{n} + 1 = " + "x" * 200, "answer": "1"} for n in range(39)]
+    write_lines(place / "prompts.jsonl", [*rows, {"prompt": "\N{SNOWMAN}" * 150, "answer": "1"}])
+    write_lines(place / "test.jsonl", PROBLEMS[:8])
+    expect(refusal("task.test_path=test.jsonl"), "40 of 40 prompts", "prompts.jsonl, line 40")
+
+
 def test_fewer_prompts_than_one_iteration_takes(refusal):
     expect(refusal("pipeline.prompts_per_iteration=500"), "pipeline.prompts_per_iteration=500", "prompts.jsonl")
 
@@ -253,6 +272,80 @@ def test_weights_that_are_damaged(refusal, place):
     weights.unlink()
     (place / "model" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "part-1.safetensors"}}')
     expect(refusal(), "index.json", "part-1.safetensors")
+
+
+def edit_weights(folder, *, drop=(), **replaced):
+    tensors = load_file(folder / "model.safetensors") | replaced
+    save_file({name: tensor for name, tensor in tensors.items() if name not in drop}, folder / "model.safetensors")
+
+
+def test_weights_that_do_not_fill_the_model(refusal, place):
+    """Transformers would make up what is missing; told from the headers, in the words of its own loader."""
+    edit_weights(place / "model", drop=["model.layers.1.mlp.up_proj.weight"])
+    expect(refusal(), "model.layers.1.mlp.up_proj.weight is missing", "config.json asks for", "fetch the folder again")
+    edit_weights(place / "model", **{"model.layers.1.mlp.up_proj.weight": torch.zeros(3, 64)})
+    expect(refusal(), "model.layers.1.mlp.up_proj.weight is [3, 64] instead of [96, 64]")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_models_of_every_kind_pass(kind, tmp_path):
+    """Tied weights are stored once, and GPT-2's names lack a prefix: nothing of that is missing."""
+    folder = make_model(kind, tmp_path)
+    shapes = {name.removeprefix("transformer."): shape for name, shape in read_shapes(folder).items()}
+    check_weights(AutoModelForCausalLM, folder, shapes)
+
+
+def test_experts_that_are_merged_on_loading_are_counted(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+    MixtralForCausalLM(
+        MixtralConfig(**sizes, num_key_value_heads=1, vocab_size=50, num_local_experts=4)
+    ).save_pretrained(tmp_path)
+    shapes = read_shapes(tmp_path)
+    check_weights(AutoModelForCausalLM, tmp_path, shapes)
+    shapes.pop(next(name for name in shapes if ".experts.1." in name))
+    with pytest.raises(ModelError, match="are missing or differ in size"):
+        check_weights(AutoModelForCausalLM, tmp_path, shapes)
+
+
+def test_loading_makes_up_no_weights(place):
+    edit_weights(place / "model", drop=["model.norm.weight"])
+    with pytest.raises(ModelError, match=r"model\.norm\.weight is missing"):
+        load_model(place / "model")
+    with pytest.raises(ModelError, match=r"norm\.weight is missing"):
+        new_model(place / "model", HeadConfig(kind="gpm"), max_length=64)
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"model_type": "llamma"}, ["llamma", "does not recognize"]),
+        ({"architectures": ["LlamaaForCausalLM"]}, ["LlamaaForCausalLM", "does not know", "LlamaForCausalLM: write"]),
+        ({"architectures": "LlamaForCausalLM"}, ["architectures is 'LlamaForCausalLM', expected a list of names"]),
+        ({"hidden_size": "abc"}, ["hidden_size is 'abc', expected a whole number"]),
+        ({"num_attention_heads": 0}, ["num_attention_heads is 0"]),
+        ({"text_config": "none"}, ["text_config is 'none'"]),
+        ({"rms_norm_eps": "small"}, ["rms_norm_eps"]),
+    ],
+)
+def test_a_config_that_describes_no_model(refusal, place, values, parts):
+    edit_json(place / "model" / "config.json", **values)
+    expect(refusal(), *parts)
+
+
+def test_a_hub_that_is_silent(tmp_path):
+    """It takes the connection and never answers; the deadline is in the code, this one only ends a failing test."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        hub = {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HUB_OFFLINE": "0"}
+        result = subprocess.run(
+            [sys.executable, "-c", "from launch.cli import main; main()", "run", "model=org/absent"],
+            cwd=tmp_path,
+            env=os.environ | hub | {"HF_HOME": str(tmp_path / "home")},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert result.returncode == 2, result.stderr
+    expect(result.stderr, "error: model.path=org/absent", "the hub does not give it (timed out)", "hf download")
 
 
 def test_a_tokenizer_without_eos(refusal, place):

@@ -126,8 +126,8 @@ def test_a_generator_that_is_killed_is_replaced_and_nothing_changes(folder, fini
 class CorruptedGenerator(Generator):
     """Its second actor receives the second publication with one bit of one tensor turned."""
 
-    def receive(self, publication):
-        buckets = super().receive(publication)
+    def receive(self, publication, deadline_s):
+        buckets = super().receive(publication, deadline_s)
         if self.name == "generator-1" and publication.version.number == 1:
             record = next(r for r in publication.records if r.name == "model.layers.1.mlp.down_proj.weight")
             buckets = [bucket.copy() for bucket in buckets]

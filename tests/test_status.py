@@ -130,7 +130,7 @@ def test_a_folder_is_used_by_one_process(tmp_path):
 def test_half_written_runs(tmp_path):
     with pytest.raises(DataError, match="no such run folder"):
         status(tmp_path / "absent")
-    with pytest.raises(DataError, match="not a readable ledger"):
+    with pytest.raises(DataError, match=r"holds no run \(there is no ledger\.sqlite\)"):
         status(tmp_path)
     (tmp_path / "ledger.sqlite").touch()
     with pytest.raises(DataError, match="not a readable ledger"):
@@ -141,3 +141,13 @@ def test_half_written_runs(tmp_path):
     shown = status(tmp_path)
     assert "failed (from summary.json alone" in shown
     assert "1 of 2" in shown
+
+
+def test_seconds_outside_iterations_come_from_the_summary(ledger, tmp_path):
+    write_summary(tmp_path, build_summary(ledger, seconds={"warm_start": 12.0, "start": 61.0}))
+    assert "warm_start 12.0 s" in status(tmp_path)
+    assert "start 1:01" in status(tmp_path)
+    seconds = read_status(tmp_path)["seconds"]
+    assert seconds == build_summary(ledger, seconds={"warm_start": 12.0, "start": 61.0})["seconds"]
+    (tmp_path / "summary.json").write_text("{")
+    assert "warm_start" not in read_status(tmp_path)["seconds"]

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -246,6 +248,60 @@ def test_a_network_that_goes_away_does_not_hold_the_run_up(tmp_path, monkeypatch
     assert services() == []
     assert [path.parent.name.startswith("run-") for path in tmp_path.rglob("*.wandb")] == [True]  # it was online
     assert [line["item"]["eval/greedy_value"] for line in read_wandb(tmp_path)["history"]] == [0.25]
+
+
+@pytest.mark.timeout(60)
+def test_what_is_interrupted_is_not_held_up_by_an_upload(tmp_path, monkeypatch, capfd):
+    """Finishing a whole run may take a minute; here it would take the test's time."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), JustEnoughServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(wandb_tracker, "_FINISH_TIMEOUT_S", 600)
+    tracker = WandbTracker(TrackingConfig(), pytest.fail)
+    tracker.start(info(tmp_path))
+    server.shutdown()
+    server.server_close()
+    tracker.log({"eval/greedy_value": 0.25}, iteration=0, step=0)
+    tracker.finish(RunStatus.INTERRUPTED)
+    assert services() == []
+    assert capfd.readouterr() == ("", "")
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+from conf.schema import TrackingConfig
+from orchestrator.ledger import RunStatus
+from orchestrator.wandb_tracker import WandbTracker
+from tests.test_tracking import info
+tracker = WandbTracker(TrackingConfig(), print)
+try:
+    tracker.start(info(Path(sys.argv[1])))
+except KeyboardInterrupt:
+    tracker.finish(RunStatus.INTERRUPTED)
+    print("interrupted")
+"""
+
+
+def test_an_interrupt_while_wandb_starts_leaves_no_word_of_it(tmp_path):
+    """Its server takes the connection and is silent, so that `wandb.init` waits."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        server = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": f"http://127.0.0.1:{silent.getsockname()[1]}"}
+        process = subprocess.Popen(
+            [sys.executable, "-c", INTERRUPTED, str(tmp_path)],
+            env=os.environ | server | {"WANDB_MODE": "online"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        silent.settimeout(60)
+        connection, _ = silent.accept()
+        process.send_signal(signal.SIGINT)
+        told = process.communicate(timeout=60)
+        connection.close()
+    assert told == ("interrupted\n", "")
+    assert process.returncode == 0
 
 
 def test_a_service_that_dies_does_not_take_the_run_down(tmp_path):

@@ -11,6 +11,7 @@ from actors.engines import build_engine
 from actors.vllm_transfer import WeightReceiver, WeightSender
 from orchestrator.errors import ConfigError
 from orchestrator.types import GenerationRequest, SamplingParams
+from orchestrator.weights import checksums
 from tests.models import CONTEXT, make_model, make_weights
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
@@ -74,6 +75,9 @@ def test_received_weights_are_exact_for_running_requests_too(kind, tmp_path, in_
     while engine.has_unfinished():
         outputs += engine.step()
     assert engine.differing(in_transit) == []
+    assert engine.outdated(checksums(in_transit)) == []
+    moved = next(name for name in in_transit if name.endswith("k_proj.weight"))
+    assert engine.outdated(checksums(in_transit | {moved: in_transit[moved] + 1e-6})) == [moved]
     tokens = torch.tensor([*prompt, *outputs[0].token_ids])
     with torch.no_grad():
         logprobs = new(input_ids=tokens[None]).logits[0].log_softmax(-1)

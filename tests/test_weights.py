@@ -1,12 +1,20 @@
 """A generator holds what was published, or says which tensor of which version it does not hold."""
 
+import asyncio
+import threading
+import time
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import ray
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.errors import PublicationError
+from actors.generator import Generator
+from learners.learner import Learner
+from orchestrator.errors import DeadlineError, PublicationError
 from orchestrator.publisher import reference_version
 from orchestrator.types import PolicyVersion
 from orchestrator.weights import Probe, Publication, corrupted, install, pack, unpack, version_of
@@ -83,6 +91,62 @@ def test_an_engine_that_ignores_the_update_is_named():
     engine.ignores_updates = True
     with pytest.raises(PublicationError, match=r"generator-0: tensor model\.embed does not hold .*v7-.*2 of 2"):
         install(engine, published, published.buckets, holder="generator-0")
+
+
+def test_weights_that_were_sent_are_compared_by_their_checksums():
+    """Over NCCL and IPC: the probe alone cannot tell an update that moves it by less than its tolerance."""
+    engine, published = CountingEngine(), replace(publication(NAMED), buckets=())
+    engine.load_weights(NAMED | {"model.head": torch.ones(8) * (1 + 1e-6)})
+    with pytest.raises(PublicationError, match=r"generator-0: tensor model\.head does not hold .*v7-.*1 of 2"):
+        install(engine, published, (), holder="generator-0")
+    engine.load_weights(NAMED)
+    assert install(engine, published, (), holder="generator-0") == published.version
+    engine.load_weights({name: tensor.bfloat16() for name, tensor in NAMED.items()})
+    assert engine.outdated(published.records) == [], "in another dtype they cannot be compared"
+
+
+class Waiting(Generator):
+    """Its bytes come when the test says so."""
+
+    def receive(self, publication, deadline_s):
+        assert self.gate.wait(deadline_s)
+        return publication.buckets
+
+
+def test_a_generator_answers_while_it_fetches_weights(monkeypatch):
+    monkeypatch.setattr("actors.generator.build_engine", lambda kind: CountingEngine())
+    generator, published = Waiting("generator-0", "counting", {}), publication(NAMED)
+    generator.gate = threading.Event()
+
+    async def publish():
+        update = asyncio.create_task(generator.update_weights(published, 20.0))
+        await asyncio.sleep(0)
+        assert await generator.generated() == (0, 0)
+        assert not update.done()
+        generator.gate.set()
+        return await update
+
+    assert asyncio.run(publish()) == published.version
+
+
+class Deaf:
+    def transfer(self, method, payload):
+        time.sleep(60)
+
+
+def test_bytes_and_transfers_have_a_deadline(ray_cluster):
+    """Both name the key that sets it."""
+    deaf = ray.remote(num_cpus=0)(Deaf).remote()
+    generator = Generator.__new__(Generator)
+    generator.name = "generator-0"
+    published = replace(publication(NAMED), buckets=(deaf.transfer.remote("", {}),))
+    with pytest.raises(DeadlineError, match=r"generator-0: bytes of weights v7.*cluster\.publish_deadline_s"):
+        generator.receive(published, 0.1)
+    learner = Learner.__new__(Learner)
+    learner._receivers, learner._transport, learner._publish_deadline_s = [deaf], "nccl", 0.1
+    with pytest.raises(DeadlineError, match=r"receive weights over nccl.*cluster\.publish_deadline_s"):
+        learner._call_receivers("receive", [{}])
+    ray.kill(deaf)
 
 
 @pytest.mark.parametrize("logprobs", [(-1.0, -1.01), (-1.0, float("nan"))])

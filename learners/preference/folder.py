@@ -14,25 +14,22 @@ import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
 
+from learners.loading import load
 from learners.preference.config import SECTION, HeadConfig, read_config, weights_digest
 from learners.preference.encoding import Encoder
 from learners.preference.model import Classifier, PreferenceModel
 from orchestrator.errors import ModelError
-
-if TYPE_CHECKING:
-    from torch import nn
 
 READOUT = "readout.safetensors"
 
@@ -56,7 +53,7 @@ def new_model(folder: str | Path, head: HeadConfig, *, max_length: int) -> tuple
         ModelError: the folder holds no model of the kind that is needed, or a tokenizer without an end of sequence.
     """
     loader = AutoModelForCausalLM if head.likelihood else AutoModel
-    model = PreferenceModel(_from_folder(loader, folder, torch.float32), head)
+    model = PreferenceModel(load(loader, folder, torch.float32), head)
     return model, Encoder(load_tokenizer(folder), max_length)
 
 
@@ -95,14 +92,14 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Loa
         )
     head = HeadConfig(**section)
     loader = AutoModelForCausalLM if head.likelihood else AutoModel
-    model = PreferenceModel(_from_folder(loader, folder, dtype), head)
+    model = PreferenceModel(load(loader, folder, dtype), head)
     head_weights = load_file(Path(folder) / READOUT)
     model.load_state_dict(head_weights | {f"backbone.{name}": w for name, w in model.backbone.state_dict().items()})
     return LoadedModel(model=model.eval(), encoder=Encoder(load_tokenizer(folder), max_length), digest=digest)
 
 
 def _load_classifier(folder: str | Path, config: dict[str, Any], dtype: torch.dtype) -> LoadedModel:
-    classifier: Any = _from_folder(AutoModelForSequenceClassification, folder, dtype)
+    classifier: Any = load(AutoModelForSequenceClassification, folder, dtype)
     tokenizer = load_tokenizer(folder)
     if classifier.config.num_labels != 1:
         raise ModelError(
@@ -116,19 +113,6 @@ def _load_classifier(folder: str | Path, config: dict[str, Any], dtype: torch.dt
     return LoadedModel(
         model=Classifier(classifier).eval(), encoder=Encoder(tokenizer, max_length), digest=weights_digest(folder)
     )
-
-
-def _from_folder(loader: Any, folder: str | Path, dtype: torch.dtype) -> nn.Module:
-    local = {"trust_remote_code": False, "local_files_only": True}
-    try:
-        config = AutoConfig.from_pretrained(folder, **local)
-        for name, value in vars(config).items():
-            if isinstance(value, float) and "drop" in name:
-                setattr(config, name, 0.0)
-        model: nn.Module = loader.from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True, **local)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load the backbone of a preference model from {folder}: {error}") from error
-    return model
 
 
 def load_tokenizer(folder: str | Path) -> Any:

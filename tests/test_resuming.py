@@ -1,0 +1,89 @@
+"""A run that cannot go on is refused at once: exit code 2, and not a byte of its folder is changed."""
+
+import sys
+
+import pytest
+import torch
+
+from conf.compose import compose, resolved_yaml
+from launch import cli
+from launch.resuming import check_resumable
+from learners.checkpoint import write_folder
+from orchestrator.ledger import Ledger, RunStatus
+from orchestrator.summary import build_summary, write_summary
+from orchestrator.types import PolicyVersion
+
+CHECKPOINT = "checkpoints/iteration-0002"
+
+
+@pytest.fixture
+def run_dir(tmp_path, monkeypatch):
+    """As a run of two iterations leaves it, without the work."""
+    folder = tmp_path / "run"
+    with Ledger(folder) as ledger:
+        ledger.begin(recipe="iterative_dpo", seed=0, config_hash="0" * 16, iterations=2)
+        for number in range(3):
+            ledger.finish_iteration(
+                number,
+                version=PolicyVersion(number=number, digest=f"{number:016x}"),
+                cursor=number,
+                checkpoint=CHECKPOINT if number == 2 else None,
+                metrics={},
+            )
+        ledger.end(RunStatus.FINISHED)
+        write_summary(folder, build_summary(ledger))
+    (folder / "config.yaml").write_text(resolved_yaml(compose(["pipeline.iterations=2"])))
+    parts = {name: {"w": torch.zeros(8)} for name in ("weights", "optimizer", "reference")}
+    write_folder(folder / CHECKPOINT, parts, {"step": 2})
+    monkeypatch.setattr("launch.run.Run", None)  # what is not refused fails here, before Ray
+    return folder
+
+
+def refused(run_dir, monkeypatch, capsys, *overrides):
+    before = contents(run_dir)
+    monkeypatch.setattr(sys, "argv", ["agon", "run", "--resume", str(run_dir), *overrides])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 2
+    assert contents(run_dir) == before
+    return capsys.readouterr().err
+
+
+def contents(run_dir):
+    """Without the two files by which SQLite knows its readers."""
+    files = [path for path in run_dir.rglob("*") if path.is_file() and not path.name.endswith(("-shm", "-wal"))]
+    return {str(path): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("name", ["trainer.json", *(f"{part}.safetensors" for part in ("weights", "optimizer"))])
+def test_a_part_of_the_checkpoint_is_missing(run_dir, monkeypatch, capsys, name):
+    (run_dir / CHECKPOINT / name).unlink()
+    said = refused(run_dir, monkeypatch, capsys)
+    for part in (f"{CHECKPOINT}: {name} missing", "the checkpoint of the last iteration", "start a new run"):
+        assert part in said
+
+
+def test_a_part_of_the_checkpoint_is_damaged(run_dir, monkeypatch, capsys):
+    weights = run_dir / CHECKPOINT / "weights.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    assert "weights.safetensors: " in refused(run_dir, monkeypatch, capsys)
+    weights.write_bytes(whole)
+    (run_dir / CHECKPOINT / "trainer.json").write_text("{")
+    assert "trainer.json, line 1: not JSON" in refused(run_dir, monkeypatch, capsys)
+
+
+def test_the_reference_is_part_of_it_where_it_moves(run_dir, monkeypatch, capsys):
+    (run_dir / CHECKPOINT / "reference.safetensors").unlink()
+    assert "reference.safetensors missing" in refused(run_dir, monkeypatch, capsys)
+
+
+def test_fewer_iterations_than_are_finished(run_dir, monkeypatch, capsys):
+    said = refused(run_dir, monkeypatch, capsys, "pipeline.iterations=1")
+    assert "pipeline.iterations=1" in said
+    assert "has finished 2 iterations already" in said
+
+
+def test_what_is_whole_passes(run_dir):
+    check_resumable(compose(["pipeline.iterations=2"]), run_dir)
+    check_resumable(compose(["pipeline.iterations=3"]), run_dir)
