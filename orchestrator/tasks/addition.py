@@ -127,7 +127,7 @@ class AdditionTask:
 
     def test(self, n: int) -> list[Problem]:
         """See `Task.test`. The settings in `conf/tuned/` were chosen on other problems of this split."""
-        return self._first("test", n, "untouched")
+        return self._first("test", n, "unseen")
 
     def demonstrations(self, n: int, seed: int) -> list[tuple[Problem, str]]:
         """Up to n problems with worked solutions for a warm start; no other split has them."""
