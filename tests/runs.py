@@ -19,7 +19,7 @@ def write_prompts(path):
 
 
 def overrides(folder, run_dir, *, kind="llama", engine="vllm", **more):
-    """Of a run of some seconds; `folder` gets the model and the prompts."""
+    """Of a run of some seconds; `folder` gets the model and the prompts. A key that is given None is not set."""
     model = folder / kind
     if not model.exists():
         make_model(kind, model)
@@ -50,7 +50,7 @@ def overrides(folder, run_dir, *, kind="llama", engine="vllm", **more):
         "tracking": "offline",
         "tracking.console": "quiet",
     } | {key.replace("__", "."): value for key, value in more.items()}
-    return [f"{key}={value}" for key, value in settings.items()]
+    return [f"{key}={value}" for key, value in settings.items() if value is not None]
 
 
 def do_run(folder, run_dir, **settings):

@@ -64,7 +64,8 @@ def test_a_search_that_evaluates_its_own_steps(folder, monkeypatch):
     monkeypatch.setattr("actors.judges.reading.MIN_MASS", 1e-4)  # of what a random model is about to say
     settings = {"recipe": "mcts_dpo", "evaluation__scorer": "verifier", "scorer__verifier": "function"}
     settings |= {"scorer__function": "tests.scoring.variety", "search__simulations": 6, "search__separator": " "}
-    settings |= {"search__evaluation_weight": 0.5, "search__states": "tree", "judge__rubric": "null"}
+    settings |= {"search__evaluation_weight": 0.5, "search__states": "tree", "judge__rubric": None}
+    settings |= {"pairing__max_pairs": None, "generator__samples_per_prompt": None}
     (folder / "step.txt").write_text("{question}{answer}Which?\n")
     assert judged(folder, "run", search__rubric=folder / "step.txt", **settings) == 0
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
