@@ -10,10 +10,7 @@ from dataclasses import asdict, fields
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from conf.layers import knobs
-from conf.objectives import OBJECTIVES, loss_keys_read
-from conf.schema import LossConfig
-from conf.validate import (
+from conf.judging import (
     TRAINED_KINDS,
     asks_reader,
     gives_labels,
@@ -22,6 +19,9 @@ from conf.validate import (
     pooled_kinds,
     trained_kind,
 )
+from conf.layers import knobs
+from conf.objectives import OBJECTIVES, loss_keys_read
+from conf.schema import LossConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,7 +1,8 @@
 """The typed configuration: every key, its default, its meaning and its limits.
 
 `conf/<group>/<choice>.yaml` sets values of these; the command line overrides them. Unknown keys are refused by the
-structured schema, values by the limits beside each field (`conf/validate.py`). Loads neither ray, torch nor vllm.
+structured schema, values by the limits beside each field (`conf/validate.py`). One file, though a long one: it is the
+list of all keys. Loads neither ray, torch nor vllm.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from conf.validate import trained_kind
+from conf.judging import trained_kind
 from launch.model_files import find_model
 from learners.preference.config import HeadConfig, model_kind
 from orchestrator.errors import ConfigError, ModelError

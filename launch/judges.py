@@ -11,7 +11,7 @@ from actors.judges.llm_judge import build_llm_judge
 from actors.judges.majority import build_majority
 from actors.judges.reliability import Reliability
 from actors.judges.step_judge import StepJudge
-from conf.validate import POOLED_KINDS, own_language_model, reads_with_own
+from conf.judging import POOLED_KINDS, own_language_model, reads_with_own
 from launch.model_files import find_model, folder_version, inspect_model
 from launch.tokenizers import load_tokenizer
 from orchestrator.errors import ConfigError

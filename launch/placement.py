@@ -14,7 +14,7 @@ import ray
 
 from actors.generator import Generator
 from actors.scorer import ScorerActor
-from conf.validate import cpus_needed, has_own_judge, own_language_model, pooled_kinds
+from conf.judging import cpus_needed, has_own_judge, own_language_model, pooled_kinds
 from launch.model_files import find_model, folder_version
 from learners.learner import Learner
 from orchestrator.pools import ActorPool

@@ -17,7 +17,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from conf.compose import CONFIG_FILE
-from conf.validate import judge_kinds, own_language_model, pooled_kinds, validate
+from conf.judging import judge_kinds, own_language_model, pooled_kinds
+from conf.validate import validate
 from launch.machines import existing_parent, this_machine
 from launch.model_files import find_model, inspect_model, read_shapes, tiny_shape
 from launch.resources import check_resources

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from conf.validate import TRAINED_KINDS, has_own_judge, own_language_model, pooled_kinds
+from conf.judging import TRAINED_KINDS, has_own_judge, own_language_model, pooled_kinds
 from launch import machines
 from launch.model_files import count_parameters, find_model, inspect_model
 from orchestrator.errors import ResourceError

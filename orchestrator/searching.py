@@ -9,27 +9,22 @@ of the solution. A wave has as many requests as trees times leaves in flight, an
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from actors.search.mcts import cancel, grow, revisit, select
-from actors.search.pairs import best_path, continuation, step_pairs
+from actors.search.pairs import continuation, step_pairs
 from actors.search.steps import split_steps
 from actors.search.tree import Node, Tree
 from orchestrator.collecting import Collected
-from orchestrator.rollouts import sampling_of
-from orchestrator.seeds import derive_seed
+from orchestrator.prompt_search import PromptSearch
 from orchestrator.types import (
     Completion,
     FinishReason,
-    GenerationRequest,
     PreferencePair,
     Prompt,
     RolloutGroup,
     Score,
-    ScoredGroup,
 )
 
 if TYPE_CHECKING:
@@ -76,7 +71,7 @@ class TreeCollector:
 
     def collect(self, prompts: Sequence[Prompt], iteration: int, reference: PolicyVersion) -> Collected:
         """See `Collector.collect`."""
-        searches = [_Search(prompt, iteration, self._config) for prompt in prompts]
+        searches = [PromptSearch(prompt, iteration, self._config) for prompt in prompts]
         waves = 0
         while wave := [leaf for search in searches for leaf in search.select()]:
             waves += 1
@@ -103,27 +98,28 @@ class TreeCollector:
             | (self._evaluator.metrics() if self._evaluator else {}),
         )
 
-    def _simulate(self, wave: list[tuple[_Search, Node]], what: str) -> None:
+    def _simulate(self, wave: list[tuple[PromptSearch, Node]], what: str) -> None:
         requests = [search.request(node, index) for index, (search, node) in enumerate(wave)]
         answers = self._rollouts.complete(requests, what)
-        by_search: dict[int, list[int]] = {}
-        whole = []
-        for index, ((search, node), answer) in enumerate(zip(wave, answers, strict=True)):
-            by_search.setdefault(id(search), []).append(index)
-            whole.append(self._solution(search.tree, node, answer))
+        whole = [
+            self._solution(search.tree, node, answer) for (search, node), answer in zip(wave, answers, strict=True)
+        ]
+        by_search: dict[PromptSearch, list[int]] = {}
+        for index, (search, _) in enumerate(wave):
+            by_search.setdefault(search, []).append(index)
         groups = [
             RolloutGroup(
-                prompt=wave[own[0]][0].prompt,
+                prompt=search.prompt,
                 completions=tuple(whole[index] for index in own),
-                iteration=wave[own[0]][0].iteration,
-                seed=wave[own[0]][0].seed,
+                iteration=search.iteration,
+                seed=search.seed,
             )
-            for own in by_search.values()
+            for search, own in by_search.items()
         ]
         scores: dict[int, Score] = {}
-        for own, scored in zip(by_search.values(), self._judge.score(groups), strict=True):
+        for (search, own), scored in zip(by_search.items(), self._judge.score(groups), strict=True):
+            search.scorer = scored.scorer
             scores |= zip(own, scored.scores, strict=True)
-            wave[own[0]][0].scorer = scored.scorer
         steps = {
             index: split_steps(answer, self._ends)
             for index, answer in enumerate(answers)
@@ -133,7 +129,9 @@ class TreeCollector:
         for index, (search, node) in enumerate(wave):
             search.take(node, answers[index], whole[index], scores[index], steps.get(index, []), values.get(index))
 
-    def _evaluate(self, wave: list[tuple[_Search, Node]], steps: Mapping[int, list[Step]]) -> dict[int, list[float]]:
+    def _evaluate(
+        self, wave: list[tuple[PromptSearch, Node]], steps: Mapping[int, list[Step]]
+    ) -> dict[int, list[float]]:
         """Of each rollout, w P(right) of the states that its steps lead to; none where the judge was silent on one.
 
         Where nothing is discounted, what is said of the states between cancels out of Q: Q(c) = W(c) - v(parent) with
@@ -148,10 +146,10 @@ class TreeCollector:
                 for place in range(len(taken))
                 if config.discount < 1 or place == len(taken) - 1
             ]
-            states = [
-                (wave[index][0].prompt, self._text(_tokens_after(wave[index], steps[index][: place + 1])))
-                for index, place in places
-            ]
+            states = []
+            for index, place in places:
+                search, node = wave[index]
+                states.append((search.prompt, self._text(search.tokens_after(node, steps[index][: place + 1]))))
             for (index, place), right in zip(places, self._evaluator.evaluate(states), strict=True):
                 penalty = depth_penalty(wave[index][1].depth + place) if config.depth_penalty else 1
                 values[index][place] = None if right is None else config.evaluation_weight * right / penalty
@@ -172,7 +170,7 @@ class TreeCollector:
             logprobs=tuple(value for step in steps for value in step.logprobs) + answer.logprobs,
         )
 
-    def _pair(self, search: _Search, pair: StepPair, reference: PolicyVersion) -> PreferencePair:
+    def _pair(self, search: PromptSearch, pair: StepPair, reference: PolicyVersion) -> PreferencePair:
         tree, prompt = search.tree, search.prompt
         state = tree.tokens_to(tree.nodes[pair.state])
         text = self._text(state)
@@ -195,7 +193,7 @@ class TreeCollector:
             label=pair.label,
         )
 
-    def _completion(self, search: _Search, node: Node) -> Completion:
+    def _completion(self, search: PromptSearch, node: Node) -> Completion:
         nodes = continuation(search.tree, node, self._config.search.span)
         steps = [on.step for on in nodes if on.step]
         tokens = tuple(token for step in steps for token in step.tokens)
@@ -211,96 +209,9 @@ class TreeCollector:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
 
 
-class _Search:
-    """One prompt's tree and what its rollouts were."""
-
-    def __init__(self, prompt: Prompt, iteration: int, config: Config) -> None:
-        self.prompt = prompt
-        self.iteration = iteration
-        self.seed = derive_seed(config.seed, "search", iteration, prompt.id)
-        self.tree = Tree()
-        self.completions: list[Completion] = []
-        self.scores: list[Score] = []
-        self.finish: dict[int, FinishReason] = {}
-        self.outcomes: dict[int, float] = {}
-        """Scores of finished solutions, by node."""
-        self.scorer = ""
-        self._config = config
-        self._started = 0
-
-    def select(self) -> list[tuple[_Search, Node]]:
-        """The leaves of the next wave. Visits of finished solutions cost nothing and are made on the way."""
-        config = self._config.search
-        leaves: list[tuple[_Search, Node]] = []
-        while len(leaves) < config.in_flight and (node := select(self.tree, config)) is not None:
-            if node.terminal:
-                revisit(self.tree, node, config)
-            else:
-                leaves.append((self, node))
-        return leaves
-
-    def request(self, node: Node, index: int) -> GenerationRequest:
-        """A rollout from `node`, with what is left of the longest completion."""
-        self._started += 1
-        state = self.tree.tokens_to(node)
-        sampling = sampling_of(self._config.generator)
-        return GenerationRequest(
-            id=f"search/{self.iteration}/{self.prompt.id}/{self._started}/{index}",
-            prompt_token_ids=self.prompt.token_ids + state,
-            sampling=replace(sampling, max_tokens=max(1, sampling.max_tokens - len(state))),
-            seed=derive_seed(self.seed, self._started),
-        )
-
-    def take(
-        self,
-        node: Node,
-        answer: Completion,
-        whole: Completion,
-        score: Score,
-        steps: Sequence[Step],
-        values: Sequence[float] | None,
-    ) -> None:
-        """Grows the tree by a rollout.
-
-        Args:
-            node: where the rollout began.
-            answer: the rollout.
-            whole: the solution that ends with it.
-            score: of the solution.
-            steps: of the rollout.
-            values: beside the score, of the states that the steps lead to; None where something was left unsaid: then
-                the rollout leaves no node and no value behind.
-        """
-        self.completions.append(whole)
-        self.scores.append(score)
-        if values is None or score.value is None:
-            cancel(self.tree, node, len(answer.token_ids))
-            return
-        end = grow(self.tree, node, steps, score.value + values[-1], self._config.search, values[:-1])
-        self.finish[end.index], self.outcomes[end.index] = answer.finish_reason, score.value
-
-    def good_enough(self) -> bool:
-        """Whether the tree's own solution scores `search.min_score` or more."""
-        least = self._config.search.min_score
-        return least is None or self.outcomes.get(best_path(self.tree)[-1].index, -math.inf) >= least
-
-    def scored(self) -> ScoredGroup:
-        """Every rollout with its score."""
-        group = RolloutGroup(
-            prompt=self.prompt, completions=tuple(self.completions), iteration=self.iteration, seed=self.seed
-        )
-        return ScoredGroup(group=group, scores=tuple(self.scores), scorer=self.scorer)
-
-
 def depth_penalty(before: int) -> int:
     """What the released code divides P(right) of a step by, `before` being the depth of the state that it leaves."""
     return max(before - 3, 1)
-
-
-def _tokens_after(leaf: tuple[_Search, Node], steps: Sequence[Step]) -> tuple[int, ...]:
-    """Of all steps to the leaf, and of those from there."""
-    search, node = leaf
-    return search.tree.tokens_to(node) + tuple(token for step in steps for token in step.tokens)
 
 
 def step_ends(tokenizer: PromptTokenizer, separator: str) -> frozenset[int]:

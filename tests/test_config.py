@@ -7,10 +7,11 @@ import pytest
 import yaml
 
 from conf.compose import compose, compose_resumed, explain, resolved_yaml
+from conf.judging import has_own_judge, own_language_model
 from conf.layers import FOLDER, groups, knobs
 from conf.reads import RULES
 from conf.schema import Config
-from conf.validate import has_own_judge, own_language_model, problems, validate
+from conf.validate import problems, validate
 from launch.guide import annotated, guide
 from orchestrator.errors import ConfigError
 

@@ -17,7 +17,7 @@ from actors.judges.preference_model import PreferenceScorer
 from actors.judges.reward_model import RewardScorer
 from actors.judges.win_rates import aggregated, mean_scores, win_matrix, win_rates
 from conf.compose import compose
-from conf.validate import has_own_judge, pooled_kinds
+from conf.judging import has_own_judge, pooled_kinds
 from launch import judge_models, warm_start
 from launch.cli import app
 from launch.judge_models import check_judge_model, prepare_judge_model
