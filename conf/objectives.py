@@ -84,6 +84,7 @@ OBJECTIVES: dict[str, Objective] = {
     "p3o": _P3O,
     "p3o_separate": _P3O,
     "trpa": Objective(reads=(*_BETA, *_LABELS, "anisotropy")),
+    "trpa_sum": Objective(reads=(*_BETA, *_LABELS, "anisotropy")),
     "pro": _group("score_scale", reference=False),
     "aft": _group("beta", reference=False),
     "d2o": _group("beta", "negative_weight"),

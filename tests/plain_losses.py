@@ -86,7 +86,7 @@ def plain_pair(name, w, x, p, config):
     up, down = torch.tensor(1 + config.clip).log(), torch.tensor(1 - config.clip).log()
     power, e = config.divergence_alpha - 1, config.floor
     match name:
-        case "dpo":
+        case "dpo" | "trpa_sum":
             return softplus(-b * d)
         case "ln_dpo" | "trpa":
             return softplus(-b * (w.mean_h - x.mean_h))

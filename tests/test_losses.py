@@ -98,6 +98,9 @@ def test_golden_values_of_other_pairs():
     assert value(golden(label=0.75), name="irepo").item() == pytest.approx(0.530876, abs=1e-6)
     assert value(golden(scores=(0.9, 0.2)), name="rebel", score_scale=1.0).item() == pytest.approx(9.0, abs=1e-6)
     assert value(golden(scores=(1.0, 0.0)), name="trpa", anisotropy=2.5).item() == pytest.approx(0.653347, abs=1e-6)
+    assert value(golden(scores=(1.0, 0.0)), name="trpa_sum", anisotropy=2.5).item() == pytest.approx(
+        math.log1p(math.exp(-2.5 * 0.37)), abs=1e-6
+    )
     assert value(golden(scores=(0.9, 0.0)), name="trpa", anisotropy=2.5).item() == pytest.approx(
         math.log1p(math.exp(-0.0325)), abs=1e-6
     )
@@ -277,7 +280,7 @@ def test_only_log_ratios_count_where_there_is_a_reference(seed, name, shift):
 @given(
     seed=st.integers(0, 10_000),
     name=st.sampled_from(
-        sorted(set(PAIRS) - set(BY_RANK) - {"sppo", "gpo", "rebel", "irepo", "trpa", "p3o", "p3o_separate"})
+        sorted(set(PAIRS) - set(BY_RANK) - {"sppo", "gpo", "rebel", "irepo", "trpa", "trpa_sum", "p3o", "p3o_separate"})
     ),
 )
 def test_a_label_of_one_half_does_not_know_the_sides(seed, name):

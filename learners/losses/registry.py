@@ -20,7 +20,7 @@ from learners.losses.ranking import aft, d2o, pro
 from learners.losses.regression import copg, irepo, rebel
 from learners.losses.simpo import asft, cpo, orpo, simpo
 from learners.losses.sppo import gpo, sppo, sppo_hard
-from learners.losses.trpa import trpa
+from learners.losses.trpa import trpa, trpa_sum
 from orchestrator.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ LOSSES: dict[str, Loss] = {
     "p3o": p3o,
     "p3o_separate": p3o_separate,
     "trpa": trpa,
+    "trpa_sum": trpa_sum,
     "pro": pro,
     "aft": aft,
     "d2o": d2o,

@@ -25,5 +25,18 @@ def trpa(inputs: LossInput, config: LossConfig) -> Tensor:
     Returns:
         [P]
     """
-    strength = torch.where(inputs.score_chosen >= 1, config.anisotropy, 1.0)
-    return -F.logsigmoid(strength * inputs.beta * inputs.mean_margin)
+    return -F.logsigmoid(_strength(inputs, config) * inputs.mean_margin)
+
+
+def trpa_sum(inputs: LossInput, config: LossConfig) -> Tensor:
+    """-log sigmoid(a beta (h_w - h_l)): the same on sums over tokens, as the paper's theory has it.
+
+    Returns:
+        [P]
+    """
+    return -F.logsigmoid(_strength(inputs, config) * inputs.margin)
+
+
+def _strength(inputs: LossInput, config: LossConfig) -> Tensor:
+    """[P] a beta."""
+    return torch.where(inputs.score_chosen >= 1, config.anisotropy, 1.0) * inputs.beta
