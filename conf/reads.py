@@ -170,6 +170,12 @@ RULES = [
         "evaluation.scorer=verifier",
     ),
     Rule("evaluation.anchors", "scorer.kind", lambda c: c.scorer.kind != "verifier", "another judge, to be measured"),
+    Rule(
+        "evaluation.problems evaluation.every evaluation.temperature evaluation.kl_prompts",
+        "evaluation.scorer",
+        lambda c: c.evaluation.scorer != "none",
+        "evaluation.scorer=verifier or judge",
+    ),
     Rule("reference.ema_decay", "reference.kind", lambda c: c.reference.kind == "ema", "reference=ema"),
     Rule(
         "learner.replay_path learner.replay_weight",

@@ -434,8 +434,8 @@ class EvaluationConfig:
     scorer: str = knob(
         "verifier",
         "who scores the answers. verifier: the task's own rule, whatever judge trains; judge: the judge that trains, "
-        "which then grades itself",
-        choices=("verifier", "judge"),
+        "which then grades itself; none: nobody, and nothing is evaluated",
+        choices=("verifier", "judge", "none"),
     )
     anchors: int = knob(
         32,

@@ -40,7 +40,7 @@ def validate(config: Config) -> None:
 def problems(config: Config) -> list[Problem]:
     """Everything `validate` would refuse, in the order of its checks; one problem a key."""
     found = list(_out_of_limits(config, ""))
-    for check in (_inputs, _judging, _consistency, _objective, _searching, _sampling, _devices):
+    for check in (_inputs, _judging, _evaluation, _consistency, _objective, _searching, _sampling, _devices):
         found += check(config)
     return list({problem.key: problem for problem in reversed(found)}.values())[::-1]
 
@@ -101,7 +101,8 @@ def _inputs(config: Config) -> Iterator[Problem]:
     if verified and task.kind == "prompts" and task.answer_field is None and scorer.verifier in NEEDS_ANSWERS:
         without = "scorer.verifier=function scorer.function=module.name"
         if "verifier" not in kinds:
-            without += ", or let the judge that trains evaluate as well: evaluation.scorer=judge"
+            other = "none" if compares(config) or scorer.kind == "majority" else "judge"
+            without += f", or evaluation.scorer={other}"
         message = (
             f"scorer.verifier={scorer.verifier}: needs reference answers, but task.answer_field is null: set it to the"
             f" field that holds them, or judge without answers: {without}"
@@ -141,6 +142,16 @@ def _judging(config: Config) -> Iterator[Problem]:
         if set(TRAINED_KINDS) <= set(kinds):
             message = f"{members}: {' and '.join(TRAINED_KINDS)} would share one judge.model: leave one of them out"
             yield Problem("judge.members", message)
+
+
+def _evaluation(config: Config) -> Iterator[Problem]:
+    """Who can evaluate."""
+    if config.evaluation.scorer == "judge" and (compares(config) or config.scorer.kind == "majority"):
+        message = (
+            f"evaluation.scorer=judge: scorer.kind={config.scorer.kind} compares the answers to a prompt with each"
+            " other, and an evaluation has one to each: choose evaluation.scorer=none, or a verifier"
+        )
+        yield Problem("evaluation.scorer", message)
 
 
 def _consistency(config: Config) -> Iterator[Problem]:

@@ -47,7 +47,7 @@ class Judges:
 
     def examiner(self, judge: Judge) -> Judge:
         """The one whose word evaluations report: a verifier, or the `judge` that trains where that was asked for."""
-        return judge if self._config.evaluation.scorer == "judge" else self._build("verifier")
+        return self._build("verifier") if self._config.evaluation.scorer == "verifier" else judge
 
     def evaluator(self) -> LastStep | None:
         """The one that a search asks about single steps, where it asks anybody."""

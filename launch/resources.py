@@ -255,13 +255,16 @@ def _too_little(what: str, needed: int, free: int, needs: list[Need], place: str
 
 
 def _gpu_complaints(config: Config, plan: list[Need], machine: Machine) -> list[str]:
-    generator, learner = config.generator, config.learner
-    needed = generator.num_actors * generator.gpus_per_actor + learner.gpus
+    generator, learner, judge = config.generator, config.learner, config.judge
+    judges = judge.num_actors if has_own_judge(config) else 0
+    judges += config.scorer.num_actors * len(set(pooled_kinds(config)) & set(TRAINED_KINDS))
+    needed = generator.num_actors * generator.gpus_per_actor + learner.gpus + judges * judge.gpus_per_actor
     if needed > len(machine.gpus):
+        of_judges = f", {judges} x judge.gpus_per_actor={judge.gpus_per_actor:g}" if judges else ""
         return [
             f"the plan needs {needed:g} GPUs (learner.gpus={learner.gpus:g}, generator.num_actors="
-            f"{generator.num_actors} x generator.gpus_per_actor={generator.gpus_per_actor:g}), this machine has"
-            f" {len(machine.gpus)}: lower these, or name a cluster in cluster.address"
+            f"{generator.num_actors} x generator.gpus_per_actor={generator.gpus_per_actor:g}{of_judges}), this machine"
+            f" has {len(machine.gpus)}: lower these, or name a cluster in cluster.address"
         ]
     complaints = []
     for role, share in (

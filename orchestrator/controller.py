@@ -79,10 +79,13 @@ class Controller:
         context = self._context
         with context.stage("publish", 0):
             self._versions = [context.publisher.publish(0)]
-        with context.stage("evaluate", 0):
-            evaluation = evaluate(context.rollouts, context.examiner, context.test_prompts, context.config, 0)
-            context.count_tokens(evaluation.tokens)
-        metrics = evaluation.metrics() | context.stage_metrics()
+        metrics: dict[str, float] = {}
+        if context.config.evaluation.scorer != "none":
+            with context.stage("evaluate", 0):
+                evaluation = evaluate(context.rollouts, context.examiner, context.test_prompts, context.config, 0)
+                context.count_tokens(evaluation.tokens)
+            metrics = evaluation.metrics()
+        metrics |= context.stage_metrics()
         context.ledger.finish_iteration(
             0, version=self._versions[0], cursor=context.prompts.cursor, checkpoint=None, metrics=metrics
         )

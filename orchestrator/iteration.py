@@ -72,7 +72,7 @@ class Iteration:
         if _has_anchors(context.config):
             with context.stage("anchors", number):
                 self._measure_judge()
-        if number % context.config.evaluation.every == 0 or number == context.config.pipeline.iterations:
+        if _is_evaluated(context.config, number):
             with context.stage("evaluate", number):
                 self._evaluate()
         with context.stage("promote", number):
@@ -191,6 +191,12 @@ class Iteration:
     def _call(self, ref: Any, what: str) -> Any:
         deadline_s = self._context.config.learner.step_deadline_s
         return fetch(ref, what=f"learner: {what}", deadline_s=deadline_s, knob="learner.step_deadline_s")
+
+
+def _is_evaluated(config: Config, number: int) -> bool:
+    """Whether the policy that iteration `number` made answers held-out problems."""
+    due = number % config.evaluation.every == 0 or number == config.pipeline.iterations
+    return due and config.evaluation.scorer != "none"
 
 
 def _has_anchors(config: Config) -> bool:

@@ -153,6 +153,8 @@ def test_a_wrong_override_is_refused_with_what_would_be_right(override, expected
         (["loss=sppo", "scorer=preference_model", "judge.score=mean_logit"], "judge.score"),
         (["scorer=ensemble", "judge.members=[step_judge, majority]"], "scorer.kind"),
         (["scorer=ensemble", "judge.members=[foo, bar]"], "judge.members"),
+        (["scorer=preference_model", "evaluation.scorer=judge"], "evaluation.scorer"),
+        (["scorer=majority", "evaluation.scorer=judge"], "evaluation.scorer"),
         (["scorer=ensemble", "judge.members=[ensemble, majority]"], "judge.members"),
         (["scorer=ensemble", "judge.members=[majority]"], "judge.members"),
         (["scorer=ensemble", "judge.members=[majority, majority]"], "judge.members"),
@@ -233,8 +235,8 @@ def test_what_a_person_sets_without_effect_is_refused(overrides, why):
         ["loss.gamma=0", "judge.votes=3", "pairing=best_worst"],  # what it would be anyway
         ["scorer=implicit", "loss=rebel", "loss.beta=7"],  # in the judge's scores
         ["loss=asft", "loss.exploration=selm", "loss.beta=7"],
-        ["scorer=majority", "evaluation.scorer=judge", "scorer.marker=x"],
-        ["scorer=preference_model", "evaluation.scorer=judge", "scorer.marker=x"],  # by which the tiny judge is taught
+        ["scorer=majority", "evaluation.scorer=none", "scorer.marker=x"],
+        ["scorer=preference_model", "evaluation.scorer=none", "scorer.marker=x"],  # by which the tiny judge is taught
         ["task=prompts", "task.path=p.jsonl", "task.digits=3"],  # of the tiny model's warm start
         ["scorer=ensemble", "judge.votes=5", "judge.length_normalized=true"],
     ],

@@ -468,7 +468,7 @@ def test_a_run_without_the_judge_it_asks_for_is_refused(base, tmp_path):
     save_model(model, encoder, tmp_path / "judge")
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "Is it?"}\n{"prompt": "Is it not?"}\n')
-    files = [f"model={base}", "task=prompts", f"task.path={prompts}", "evaluation.scorer=judge"]
+    files = [f"model={base}", "task=prompts", f"task.path={prompts}", "evaluation.scorer=none"]
     with pytest.raises(ConfigError, match=r"judge\.model: scorer\.kind=preference_model needs one"):
         check_judge_model(compose(["scorer=preference_model", *files]))
     with pytest.raises(ConfigError, match="a gpm has no reward"):
@@ -499,7 +499,7 @@ def judge_bytes(folder, base, kind):
     """What preflight plans for the judge beside the process itself."""
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(f'{{"prompt": "Is it {number}?"}}\n' for number in range(192)))
-    settings = [f"scorer={kind}", f"judge.model={folder / 'judge'}", "evaluation.scorer=judge"]
+    settings = [f"scorer={kind}", f"judge.model={folder / 'judge'}", "evaluation.scorer=none"]
     settings += ["model.max_length=128", "generator.max_tokens=32", "task.answer_field=null"]
     config = compose([*settings, f"model={base}", "task=prompts", f"task.path={prompts}", f"run_dir={folder / 'run'}"])
     check_judge_model(config)

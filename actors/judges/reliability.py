@@ -94,8 +94,8 @@ class Reliability:
             raise JudgeError(
                 f"{self._judge} gave no verdict in {failed} of {votes} judgements (judge.max_failed_fraction="
                 f"{self._max_failed_fraction:g}). Latest: {self._failure}. Mend the rubric, take an abler judge.model"
-                " (a step_judge must have been taught), raise judge.max_tokens, or read judge.verdict=probability,"
-                " which needs no words"
+                " (a step_judge must have been taught), raise model.max_length where questions are too long and"
+                " judge.max_tokens where replies are, or read judge.verdict=probability, which needs no words"
             )
 
 

@@ -33,7 +33,10 @@ class Record:
         """The field's value. Raises DataError when it is missing or null."""
         if self.fields.get(field) is None:
             found = "is null" if field in self.fields else f"is missing; found {', '.join(map(repr, self.fields))}"
-            raise self.error(f"field {field!r} {found}. Mend the record, or name the right field in `task`.")
+            raise self.error(
+                f"field {field!r} {found}. Mend the record, or name the right field in `task`; where no record has an"
+                " answer, task.answer_field=null."
+            )
         return self.fields[field]
 
     def text(self, field: str) -> str:
