@@ -65,6 +65,13 @@ def run(config: Config, resume: Path | None = None) -> int:
     with RunLock(run_dir), Ledger(run_dir) as ledger:
         if resume is not None:
             _check_unchanged(config, run_dir / "config.yaml")
+            if _is_finished(ledger, config):
+                more = config.pipeline.iterations + 1
+                _say(
+                    f"{_shown(run_dir)} is finished; for more: {_command()} run --resume {_shown(run_dir)}"
+                    f" pipeline.iterations={more}"
+                )
+                return 0
         with atomic_file(run_dir / "config.yaml") as file:
             file.write(resolved_yaml(replace(config, run_dir=None)).encode())
         ledger.begin(
@@ -113,6 +120,13 @@ def _identity(config: Config) -> str:
         if path is not None:
             digest.update(Path(path).read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _is_finished(ledger: Ledger, config: Config) -> bool:
+    """Whether there is nothing left to do."""
+    known, last = ledger.run(), ledger.resume_point()
+    ended = known is not None and known.status is RunStatus.FINISHED
+    return ended and last is not None and last.iteration >= config.pipeline.iterations
 
 
 def _check_unchanged(config: Config, path: Path) -> None:
