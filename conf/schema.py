@@ -142,6 +142,8 @@ class ScorerConfig:
     restarts: int = knob(3, "actor deaths the pool mends before it gives up", low=0)
     start_deadline_s: float = knob(300, "an actor must be ready after so long", above=0)
     deadline_s: float = knob(120, "one wave of completions must be scored after so long", above=0)
+    call_timeout_s: float = knob(10, "your function, or one completion's tests, must answer after so long", above=0)
+    call_memory_mb: int = knob(1024, "memory your function, or the code under test, may take, MiB", low=64)
 
 
 @dataclass(frozen=True)
@@ -377,6 +379,12 @@ class LearnerConfig:
     replay_weight: float = knob(1.0, "of their token-mean loss beside the preference loss", low=0)
     vocab_chunk: int = knob(4096, "columns of the vocabulary whose logits are held at once", low=1)
     activation_checkpointing: bool = knob(False, "recompute layers in the backward pass instead of storing them")
+    checkpoint_steps: int = knob(100, "optimizer steps after which an iteration's training is saved on the way", low=1)
+    spike_factor: float = knob(
+        100, "a batch whose gradient norm exceeds the median of recent ones so many times is skipped", above=1
+    )
+    max_skipped: int = knob(3, "batches of one iteration skipped before the iteration is rolled back", low=0)
+    restarts: int = knob(3, "learner deaths that are mended before the run gives up", low=0)
     start_deadline_s: float = knob(300, "the learner must be ready after so long", above=0)
     step_deadline_s: float = knob(600, "one optimizer step must be done after so long", above=0)
 
@@ -389,7 +397,8 @@ class PipelineConfig:
     iterations: int = knob(3, "collect, train, publish, evaluate, promote: so many times", low=1)
     prompts_per_iteration: int = knob(128, "prompts of one iteration", low=1)
     queue_capacity: int = knob(4, "batches the queue holds before producers wait", low=1)
-    keep_checkpoints: int = knob(2, "newest checkpoints kept", low=1)
+    wave_prompts: int = knob(512, "prompts sampled, judged and written together: what a crash may cost", low=1)
+    keep_checkpoints: int = knob(2, "newest checkpoints kept; beside them, the one that evaluated best", low=1)
 
 
 @dataclass(frozen=True)
@@ -405,6 +414,7 @@ class ClusterConfig:
     )
     object_store_mb: int = knob(512, "object store of this run's own Ray, MiB", low=80)
     publish_deadline_s: float = knob(300, "all generators must hold new weights after so long", above=0)
+    stall_s: float = knob(60, "a wait that lasts longer is reported, with what it waits for", above=0)
 
 
 @dataclass(frozen=True)

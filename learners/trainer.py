@@ -165,7 +165,9 @@ class Trainer:
         )
         self.step += 1
         self._iteration_step += 1
-        return UpdateResult(step=self.step, pair_ids=batch.pair_ids, tokens=batch.num_tokens, metrics=metrics)
+        return UpdateResult(
+            step=self.step, batch=batch.number, pair_ids=batch.pair_ids, tokens=batch.num_tokens, metrics=metrics
+        )
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
         """Log-probs of ``sequence[1:]`` given their prefixes under the policy, each [len(sequence) - 1]."""

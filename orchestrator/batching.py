@@ -82,11 +82,14 @@ def batches(
     return [shuffled[start : start + batch_pairs] for start in range(0, len(shuffled), batch_pairs)]
 
 
-def pack(pairs: Sequence[PreferencePair], *, mismatched: bool = False, include_prompt: bool = False) -> PreferenceBatch:
+def pack(
+    pairs: Sequence[PreferencePair], *, number: int = 0, mismatched: bool = False, include_prompt: bool = False
+) -> PreferenceBatch:
     """Pack pairs into one batch, without reference log-probs. Groups come in the order their prompts first appear.
 
     Args:
         pairs: at least one, all of the same iteration and loss reference; their order is kept.
+        number: of the batch within its iteration.
         mismatched: each prompt is also given the first completion of the next prompt in the batch (of the first one
             after the last); nothing is added to a batch of a single prompt.
         include_prompt: count the prompt's tokens, all but the first, as tokens of the completions, so that they are
@@ -137,6 +140,7 @@ def pack(pairs: Sequence[PreferencePair], *, mismatched: bool = False, include_p
         pair_ids=tuple(pair.id for pair in pairs),
         reference=first.reference,
         iteration=first.iteration,
+        number=number,
     )
 
 

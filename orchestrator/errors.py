@@ -12,10 +12,22 @@
     +-- PoolError            actors that died more often than their restart budget allows. Exit code 1.
     +-- JudgeError           a judge that says next to nothing that can be used. Exit code 1.
     +-- TrainingError        a loss or gradient that is not finite. Exit code 1.
+    +-- LostObjectError      bytes in the object store that died with the process that owned them. Exit code 1.
     +-- QueueClosedError     put or lease on a closed queue (control flow, never shown to users)
+
+`kind_of` says whose fault an error is, and that decides what is done about it (docs/reliability.md):
+
+    infrastructure    a process, node, disk or network: replaced, retried, moved, until its budget is used up
+    data              a prompt, a batch, a judge's words: set aside, counted and reported, until there is too much of it
+    user              a setting or file: refused, with the mend
+    bug               anything else: the run stops with the traceback, and can be resumed
 
 All are picklable (they cross actor boundaries): their arguments are the arguments of `Exception`.
 """
+
+from __future__ import annotations
+
+from enum import StrEnum
 
 
 class AgonError(Exception):
@@ -66,5 +78,33 @@ class TrainingError(AgonError, RuntimeError):
     """The update produced a loss or gradient that is not finite."""
 
 
+class LostObjectError(AgonError, RuntimeError):
+    """Bytes in the object store died with the process that owned them; whoever has the source makes them again."""
+
+
 class QueueClosedError(AgonError, RuntimeError):
     """The queue was closed; nothing more will come or be accepted."""
+
+
+class FailureKind(StrEnum):
+    """Whose fault a failure is."""
+
+    INFRASTRUCTURE = "infrastructure"
+    DATA = "data"
+    USER = "user"
+    BUG = "bug"
+
+
+_INFRASTRUCTURE = (DeadlineError, ActorLostError, PoolError, LostObjectError, PublicationError, OSError)
+_DATA = (JudgeError, TrainingError)
+
+
+def kind_of(error: BaseException) -> FailureKind:
+    """Whose fault `error` is."""
+    if isinstance(error, UserError):
+        return FailureKind.USER
+    if isinstance(error, _DATA):
+        return FailureKind.DATA
+    if isinstance(error, _INFRASTRUCTURE):
+        return FailureKind.INFRASTRUCTURE
+    return FailureKind.BUG

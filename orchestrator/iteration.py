@@ -135,8 +135,9 @@ class Iteration:
         """Puts packed batches into the queue as room appears, and stops as soon as the learner does."""
         deadline_s, loss = self._context.config.learner.step_deadline_s, self._context.config.loss
         mismatched = OBJECTIVES[loss.name].mismatched
-        for pairs in batches:
-            batch = ray.put(batching.pack(pairs, mismatched=mismatched, include_prompt=loss.include_prompt))
+        for number, pairs in enumerate(batches):
+            packed = batching.pack(pairs, number=number, mismatched=mismatched, include_prompt=loss.include_prompt)
+            batch = ray.put(packed)
             end = time.monotonic() + deadline_s
             while not self._context.roles.queue.put(batch, timeout_s=_PUT_SLICE_S):
                 self._show_training(len(batches))

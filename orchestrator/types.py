@@ -251,6 +251,8 @@ class PreferenceBatch:
     reference: PolicyVersion
     """The loss reference of every pair in the batch."""
     iteration: int
+    number: int
+    """Counts the batches of the iteration, over all its epochs, from 0."""
 
     @property
     def num_pairs(self) -> int:
@@ -285,14 +287,20 @@ class SeedSequence:
 class UpdateResult:
     """What one optimizer step did.
 
-    Example: ``UpdateResult(step=12, pair_ids=(...), metrics={"loss": 0.61, "grad_norm": 0.4})``
+    Example: ``UpdateResult(step=12, batch=3, pair_ids=(...), tokens=840, metrics={"loss": 0.61, "grad_norm": 0.4})``
     """
 
     step: int
-    """Optimizer steps taken in the run, this one included."""
+    """Batches consumed in the run, this one included: optimizer steps taken and batches skipped."""
+    batch: int
+    """`PreferenceBatch.number`."""
     pair_ids: tuple[str, ...]
     """The pairs whose gradient it contains."""
     tokens: int
     """Tokens computed in the forward pass, shared prompts counted once."""
     metrics: Mapping[str, float]
     """Scalars, names and units in docs/metrics.md."""
+    skipped: str = ""
+    """Why the weights were left as they were (loss not finite, gradient exploding); empty: they moved."""
+    notes: tuple[str, ...] = ()
+    """What people should know of it, such as a micro-batch that was halved for want of memory."""

@@ -98,12 +98,14 @@ def test_pairs():
 
 def test_updates_are_weighted_by_pairs():
     first = UpdateResult(
+        batch=0,
         step=1,
         pair_ids=("a", "b", "c"),
         tokens=30,
         metrics={"loss": 1.0, "lr": 0.1, "staleness_max": 3.0, "staleness_mean": 1.0},
     )
     second = UpdateResult(
+        batch=0,
         step=2,
         pair_ids=("d",),
         tokens=10,
@@ -132,7 +134,7 @@ def test_every_metric_made_here_is_documented():
     documented = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
     named = set(re.findall(r"`([a-z_]+/[a-z_<>]+)`", documented))
     groups = [scored(1.0, 0.0)]
-    result = UpdateResult(step=1, pair_ids=("a",), tokens=1, metrics={})
+    result = UpdateResult(step=1, batch=0, pair_ids=("a",), tokens=1, metrics={})
     made = rollout_metrics(groups) | update_metrics([result])
     made |= pair_metrics([pair(completion(1), completion(2))], Counter(), Counter())
     assert made.keys() <= named
