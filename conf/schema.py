@@ -457,6 +457,31 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class PromotionConfig:
+    """What is looked at before the policy of an iteration that was evaluated becomes the next data policy."""
+
+    gate: str = knob(
+        "alarm",
+        "what follows from an alarm. off: nobody looks; alarm: it is reported; reject: the run also goes back to the "
+        "last policy that was promoted, and on to the next prompts",
+        choices=("off", "alarm", "reject"),
+    )
+    min_win_rate: float = knob(
+        0.45,
+        "alarm: greedy answers win less often than this (ties count half) over those of the last promoted policy, by "
+        "the whole 95 % interval",
+        low=0,
+        high=1,
+    )
+    max_length_ratio: float = knob(
+        1.5, "alarm: sampled answers are on average longer than this times those of the last promoted policy", above=1
+    )
+    max_judge_drop: float = knob(
+        0.1, "alarm: judge/accuracy is this much lower than the highest of earlier iterations", above=0, high=1
+    )
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -478,3 +503,4 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    promotion: PromotionConfig = field(default_factory=PromotionConfig)

@@ -121,6 +121,19 @@ def status(
 
 
 @app.command()
+def audit(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
+    """Check that a run lost nothing and did nothing twice. Exit code 1: it did."""
+    from launch.audit import audit as check
+
+    found = check(run_dir)
+    for finding in found.findings:
+        typer.echo(finding)
+    typer.echo(found)
+    if found.findings:
+        raise typer.Exit(1)
+
+
+@app.command()
 def export(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")],

@@ -69,7 +69,7 @@ class Judges:
             case "step_judge":
                 return StepJudge(self._reader(), config.judge)
             case "implicit":
-                previous = PreviousPolicy(self._roles.learner, deadline_s=config.judge.deadline_s)
+                previous = PreviousPolicy(self._roles.learner)
                 return build_implicit(config.judge, self._policy(), self._own_model(), previous, config.loss.beta)
             case "majority":
                 return build_majority(config.scorer)

@@ -18,8 +18,6 @@ from conf.judging import cpus_needed, has_own_judge, own_language_model, pooled_
 from launch.model_files import find_model, folder_version
 from learners.learner import Learner
 from orchestrator.pools import ActorPool
-from orchestrator.queues import BatchQueue
-from orchestrator.remote import fetch
 from orchestrator.rollouts import Roles
 from orchestrator.seeds import derive_seed
 
@@ -27,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from conf.schema import Config, JudgeConfig, ScorerConfig
+    from orchestrator.learning import Learning
     from orchestrator.types import PolicyVersion, SeedSequence
 
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -79,23 +78,19 @@ def _init_ray(config: Config) -> None:
     )
 
 
-def start_roles(
-    config: Config, *, model_dir: str, probe_token_ids: tuple[int, ...], seeds: Sequence[SeedSequence]
-) -> Roles:
-    """Starts all actors at once and waits until each is up.
+def start_roles(config: Config, *, model_dir: str, learner: Learning) -> Roles:
+    """Starts generators and scorers at once, and waits until each actor, the learner's among them, is up.
 
     Args:
         config: the run.
         model_dir: Hugging Face folder of the initial policy.
-        probe_token_ids: a sequence that generators and learner must agree on after each publication.
-        seeds: seed data that the learner replays.
+        learner: starting already.
 
     Raises:
         DeadlineError: one is not up in time.
         PoolError: a generator or scorer died while starting.
         ActorLostError: the learner did.
     """
-    learner = _start_learner(config, model_dir, probe_token_ids, seeds)
     generators: ActorPool[Any, Any] = ActorPool(
         role="generator",
         make=lambda index: _start_generator(config, model_dir, index),
@@ -108,13 +103,11 @@ def start_roles(
         scorers={kind: _scorer_pool(kind, config) for kind in pooled_kinds(config)},
         judges=_judge_pool(config, model_dir) if has_own_judge(config) else None,
         learner=learner,
-        queue=BatchQueue.create(config.pipeline.queue_capacity),
     )
     for pool in (roles.generators, *roles.scorers.values(), roles.judges):
         if pool is not None:
             pool.wait_ready()
-    deadline_s = config.learner.start_deadline_s
-    fetch(learner.ready.remote(), what="learner: start", deadline_s=deadline_s, knob="learner.start_deadline_s")
+    learner.wait_ready()
     return roles
 
 
@@ -181,9 +174,17 @@ def _start_scorer(name: str, scorer: ScorerConfig, judge: JudgeConfig) -> Any:
     return actor.remote(name, scorer, judge)
 
 
-def _start_learner(
-    config: Config, model_dir: str, probe_token_ids: tuple[int, ...], seeds: Sequence[SeedSequence]
+def start_learner(
+    config: Config, *, model_dir: str, probe_token_ids: tuple[int, ...], seeds: Sequence[SeedSequence]
 ) -> Any:
+    """Starts a learner's actor, and does not wait for it.
+
+    Args:
+        config: the run.
+        model_dir: Hugging Face folder of the initial policy.
+        probe_token_ids: a sequence that generators and learner must agree on after each publication.
+        seeds: seed data that the learner replays.
+    """
     learner = config.learner
     actor = ray.remote(Learner).options(
         num_cpus=learner.cpus,

@@ -27,7 +27,8 @@ from launch.console import make_console
 from launch.initial_model import prepare_initial_model
 from launch.judge_models import check_judge_model, prepare_judge_model
 from launch.preflight import preflight
-from orchestrator.errors import AgonError, ConfigError
+from orchestrator.errors import ConfigError, FailureKind, kind_of
+from orchestrator.events import Event, EventKind, EventLog
 from orchestrator.files import atomic_file
 from orchestrator.ledger import Ledger, RunStatus
 from orchestrator.runlock import RunLock
@@ -149,6 +150,7 @@ class Run:
         console = make_console(config.tracking.console)
         wandb = WandbTracker(config.tracking, notify=console.message)
         self._tracker: Tracker = Trackers([JsonlTracker(), wandb, console])
+        self._events = EventLog(self._run_dir, show=self._tracker.message)
         self._seconds: dict[str, float] = {}
         self._children_before = children()
 
@@ -163,7 +165,9 @@ class Run:
         except KeyboardInterrupt:
             status, error = RunStatus.INTERRUPTED, None
         except Exception as failure:  # noqa: BLE001 - whatever it was is recorded, shown, and ends in exit code 1
-            error = str(failure) if isinstance(failure, AgonError) else traceback.format_exc()
+            kind = kind_of(failure)
+            error = traceback.format_exc() if kind is FailureKind.BUG else str(failure)
+            self._events(Event(kind=EventKind.STOPPED, failure=kind, text=f"stopped: {error}"))
         finally:
             with _signals_ignored(), ExitStack() as last:  # each of these is done whatever the others raise
                 last.callback(end_children, self._children_before)
@@ -171,6 +175,7 @@ class Run:
                 last.callback(self._write_summary)
                 last.callback(self._ledger.end, status, error)
                 last.callback(self._shut_down_ray)
+                last.callback(self._events.close)
         return self._say_goodbye(status, error)
 
     def _run(self) -> None:
@@ -193,8 +198,10 @@ class Run:
             from launch.wiring import build_context
             from orchestrator.controller import Controller
 
-            context = build_context(config, self._inputs, model_dir, ledger=self._ledger, tracker=self._tracker)
-        Controller(context).run(finished)
+            context = build_context(
+                config, self._inputs, model_dir, ledger=self._ledger, tracker=self._tracker, emit=self._events
+            )
+        Controller(context).run()
         with self._stage("export"):
             from launch.export import export
 

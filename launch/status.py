@@ -96,7 +96,7 @@ def _phase(phase: PhaseRecord) -> dict[str, Any]:
     return {
         "iteration": phase.iteration,
         "name": phase.phase,
-        "seconds": round(phase.seconds or time.time() - phase.started, 1),
+        "seconds": round(phase.seconds or max(0.0, time.time() - phase.started), 1),
     }
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from launch.judges import Judges
-from launch.placement import start_ray, start_roles
+from launch.placement import start_learner, start_ray, start_roles
 from launch.seeds import load_seeds
+from orchestrator.accounts import Accounts
+from orchestrator.archive import Archive
 from orchestrator.collecting import SampleCollector
 from orchestrator.context import Context
+from orchestrator.learning import Learning
 from orchestrator.publisher import Publisher
-from orchestrator.remote import fetch
 from orchestrator.rollouts import Rollouts
 from orchestrator.searching import TreeCollector
 from orchestrator.store import Store
+from orchestrator.waves import Waves
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,56 +26,97 @@ if TYPE_CHECKING:
     from conf.schema import Config
     from launch.preflight import Inputs
     from orchestrator.collecting import Collector
+    from orchestrator.events import Emit
     from orchestrator.ledger import Ledger
-    from orchestrator.rollouts import Roles
     from orchestrator.tracking import Tracker
 
 PROBE_TOKENS = 64
 """Longest probe: enough for every layer to matter, cheap beside a publication."""
 
 
-def build_context(config: Config, inputs: Inputs, model_dir: Path, *, ledger: Ledger, tracker: Tracker) -> Context:
+def build_context(
+    config: Config, inputs: Inputs, model_dir: Path, *, ledger: Ledger, tracker: Tracker, emit: Emit
+) -> Context:
     """Starts Ray and all actors, and connects them.
 
     Raises:
         AgonError: an actor did not start.
     """
-    probe = _probe([prompt.token_ids for prompt in inputs.test_prompts], min(PROBE_TOKENS, config.model.max_length))
     start_ray(config)
-    seeds = load_seeds(config, model_dir, inputs.tokenizer)
-    roles = start_roles(config, model_dir=str(model_dir), probe_token_ids=probe, seeds=seeds)
-    _warn_of_padding(roles, tracker, config.learner.start_deadline_s)
-    publisher = Publisher(roles, config.cluster.publish_deadline_s)
+    accounts, store = Accounts(ledger), Store(inputs.run_dir)
+    archive = Archive(inputs.run_dir, accounts, emit)
+    learning = _learning(config, inputs, model_dir, ledger, accounts, store, tracker, emit)
+    roles = start_roles(config, model_dir=str(model_dir), learner=learning)
+    _warn_of_padding(learning, tracker)
+    publisher = Publisher(roles, accounts, config.cluster.publish_deadline_s)
     judges = Judges(config, roles, inputs, publisher)
-    judge = judges.judge()
-    rollouts, store = Rollouts(roles, config, tracker), Store(inputs.run_dir)
-    collector: Collector = SampleCollector(config, rollouts, judge, store)
+    judge, rollouts = judges.judge(), Rollouts(roles, config, tracker)
+    collector: Collector
     if config.search.kind == "mcts":
         collector = TreeCollector(config, rollouts, judge, store, inputs.tokenizer, judges.evaluator())
+    else:
+        collector = SampleCollector(config, rollouts, judge, store, archive, ledger)
     return Context(
         config=config,
         run_dir=inputs.run_dir,
-        roles=roles,
         rollouts=rollouts,
-        collector=collector,
+        waves=Waves(
+            collector=collector,
+            judge=judge,
+            filters=config.filter,
+            store=store,
+            archive=archive,
+            ledger=ledger,
+            accounts=accounts,
+        ),
         judge=judge,
         examiner=judges.examiner(judge),
         publisher=publisher,
+        learning=learning,
         prompts=inputs.prompts,
         test_prompts=inputs.test_prompts,
         store=store,
+        archive=archive,
         ledger=ledger,
+        accounts=accounts,
         tracker=tracker,
+        emit=emit,
     )
 
 
-def _warn_of_padding(roles: Roles, tracker: Tracker, deadline_s: float) -> None:
-    refused = fetch(
-        roles.learner.packing_refused.remote(),
-        what="learner: its packing",
-        deadline_s=deadline_s,
-        knob="learner.start_deadline_s",
+def _learning(
+    config: Config,
+    inputs: Inputs,
+    model_dir: Path,
+    ledger: Ledger,
+    accounts: Accounts,
+    store: Store,
+    tracker: Tracker,
+    emit: Emit,
+) -> Learning:
+    start = partial(
+        start_learner,
+        config,
+        model_dir=str(model_dir),
+        probe_token_ids=_probe(
+            [prompt.token_ids for prompt in inputs.test_prompts], min(PROBE_TOKENS, config.model.max_length)
+        ),
+        seeds=load_seeds(config, model_dir, inputs.tokenizer),
     )
+    return Learning(
+        config=config,
+        run_dir=inputs.run_dir,
+        start=start,
+        ledger=ledger,
+        accounts=accounts,
+        store=store,
+        tracker=tracker,
+        emit=emit,
+    )
+
+
+def _warn_of_padding(learning: Learning, tracker: Tracker) -> None:
+    refused = learning.call("packing_refused", what="its packing")
     if refused:
         tracker.message(
             f"the learner pads this model's sequences instead of packing them ({refused}): slower, and whole logits of"

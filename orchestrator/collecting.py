@@ -11,22 +11,29 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from conf.objectives import takes_sides
+from orchestrator.accounts import Accounts
 from orchestrator.pairing import make_pairs
 from orchestrator.rollouts import Draw, sampling_of
+from orchestrator.store import read_rollouts, read_samples
+from orchestrator.tally import Tally
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
+    from pathlib import Path
 
     from conf.schema import Config
+    from orchestrator.archive import Archive
     from orchestrator.judging import Judge
+    from orchestrator.ledger import Ledger
     from orchestrator.rollouts import Rollouts
     from orchestrator.store import Store
-    from orchestrator.types import PolicyVersion, PreferencePair, Prompt, ScoredGroup
+    from orchestrator.types import PreferencePair, RolloutGroup, ScoredGroup
+    from orchestrator.waves import Wave
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Collected:
-    """What the prompts of an iteration came to.
+    """What the prompts of a wave came to.
 
     Example: ``Collected(scored=[...], pairs=[...], counts=Counter(ties=12), tokens=40_960)``
     """
@@ -39,52 +46,81 @@ class Collected:
     """What became of comparisons that made no pair."""
     tokens: int
     """Sampled for it."""
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    """Beside those of rollouts and judge."""
+    tally: Tally = field(default_factory=Tally)
+    """Figures beside those of rollouts, judge and pairs."""
+    files: Sequence[Path] = ()
+    """What was written of it, to be sealed with the wave."""
 
 
 class Collector(Protocol):
     """Asks the policy, has its answers judged, and says which is preferred to which."""
 
-    def collect(self, prompts: Sequence[Prompt], iteration: int, reference: PolicyVersion) -> Collected:
-        """The pairs of one iteration, trained against `reference`. Raises AgonError: an actor or judge failed."""
+    def collect(self, wave: Wave) -> Collected:
+        """The pairs of a wave of prompts. Raises AgonError: an actor or judge failed."""
 
 
 class SampleCollector:
-    """K independent completions a prompt.
+    """K independent completions a prompt. They are on disk, and count, before they are judged.
 
     Args:
         config: how they are drawn and paired.
         rollouts: draws them.
         judge: its word makes the pairs.
         store: where they are kept.
+        archive: says which samples and scores an earlier attempt at a wave left.
+        ledger: whose transaction makes samples count.
     """
 
-    def __init__(self, config: Config, rollouts: Rollouts, judge: Judge, store: Store) -> None:
+    def __init__(
+        self, config: Config, rollouts: Rollouts, judge: Judge, store: Store, archive: Archive, ledger: Ledger
+    ) -> None:
         self._config = config
         self._rollouts = rollouts
         self._judge = judge
         self._store = store
+        self._archive = archive
+        self._ledger = ledger
 
-    def collect(self, prompts: Sequence[Prompt], iteration: int, reference: PolicyVersion) -> Collected:
+    def collect(self, wave: Wave) -> Collected:
         """See `Collector.collect`."""
-        generator = self._config.generator
-        draw = Draw(
-            purpose="rollout",
-            iteration=iteration,
-            num_samples=generator.samples_per_prompt,
-            sampling=sampling_of(generator),
-        )
-        groups = self._rollouts.sample(prompts, [draw])[0]
-        scored = self._judge.score(groups)
-        self._store.write_rollouts(iteration, scored)
+        path = self._store.path("rollouts", wave.iteration, wave.number)
+        scored, tokens = read_rollouts(path) if self._archive.intact(path) else [], 0
+        if not _were_drawn([one.group for one in scored], wave):
+            groups, tokens = self._samples(wave)
+            scored = self._judge.score(groups)
+            self._store.write_rollouts(wave.iteration, wave.number, scored)
         pairs: list[PreferencePair] = []
         counts: Counter[str] = Counter()
         for group in scored:
             made, count = make_pairs(
-                group, self._config.pairing, reference=reference, takes_sides=takes_sides(self._config.loss)
+                group, self._config.pairing, reference=wave.reference, takes_sides=takes_sides(self._config.loss)
             )
             pairs += made
             counts.update(count.as_dict())
-        tokens = sum(len(completion.token_ids) for group in groups for completion in group.completions)
-        return Collected(scored=scored, pairs=pairs, counts=counts, tokens=tokens)
+        return Collected(scored=scored, pairs=pairs, counts=counts, tokens=tokens, files=[path])
+
+    def _samples(self, wave: Wave) -> tuple[list[RolloutGroup], int]:
+        """The wave's completions, and the tokens that were sampled for them now."""
+        path = self._store.path("samples", wave.iteration, wave.number)
+        known = read_samples(path) if self._archive.intact(path) else []
+        if _were_drawn(known, wave):
+            return known, 0
+        generator = self._config.generator
+        draw = Draw(
+            purpose="rollout",
+            iteration=wave.iteration,
+            num_samples=generator.samples_per_prompt,
+            sampling=sampling_of(generator),
+        )
+        groups = self._rollouts.sample(wave.prompts, [draw])[0]
+        self._store.write_samples(wave.iteration, wave.number, groups)
+        with self._ledger.transaction():
+            self._archive.seal(wave.iteration, [path])
+            Accounts(self._ledger).wave_sampled(wave.iteration, wave.number)
+        return groups, sum(len(completion.token_ids) for group in groups for completion in group.completions)
+
+
+def _were_drawn(groups: Sequence[RolloutGroup], wave: Wave) -> bool:
+    """Whether these are the completions that the wave asks for: of its prompts, by its policy."""
+    drawn = [group.prompt.id for group in groups if group.completions[0].policy == wave.policy]
+    return bool(groups) and drawn == [prompt.id for prompt in wave.prompts]

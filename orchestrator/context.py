@@ -7,22 +7,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from orchestrator.seeds import derive_seed
-
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from conf.schema import Config
-    from orchestrator.collecting import Collector
+    from orchestrator.accounts import Accounts
+    from orchestrator.archive import Archive
+    from orchestrator.events import Emit
     from orchestrator.judging import Judge
+    from orchestrator.learning import Learning
     from orchestrator.ledger import Ledger
     from orchestrator.prompts import PromptStream
     from orchestrator.publisher import Publisher
-    from orchestrator.rollouts import Roles, Rollouts
+    from orchestrator.rollouts import Rollouts
     from orchestrator.store import Store
     from orchestrator.tracking import Tracker
     from orchestrator.types import Prompt
+    from orchestrator.waves import Waves
 
 
 @dataclass(kw_only=True, slots=True)
@@ -31,36 +33,39 @@ class Context:
 
     config: Config
     run_dir: Path
-    roles: Roles
     rollouts: Rollouts
-    collector: Collector
-    """Makes the pairs of an iteration."""
+    waves: Waves
+    """Make the pairs of an iteration."""
     judge: Judge
     """Its word trains the policy."""
     examiner: Judge
     """Its word is what evaluations report, and trains nothing unless the configuration makes it the judge as well."""
     publisher: Publisher
+    learning: Learning
     prompts: PromptStream
     test_prompts: Sequence[Prompt]
     """Held-out prompts, `evaluation.final_problems` of them or as many as there are."""
     store: Store
+    archive: Archive
     ledger: Ledger
+    accounts: Accounts
     tracker: Tracker
-    steps: int = 0
-    """Optimizer steps taken so far."""
+    emit: Emit
     _tokens: int = 0
     _latest: dict[str, tuple[float, int]] = field(default_factory=dict)
     """Seconds and tokens of the latest run of each stage."""
 
     @contextmanager
-    def stage(self, name: str, iteration: int) -> Iterator[None]:
-        """Announces a stage, measures it and notes it in the ledger."""
+    def stage(self, name: str, iteration: int) -> Iterator[dict[str, float]]:
+        """Announces a stage, measures it and notes it in the ledger, with the figures put into what it gives."""
         self.tracker.stage(iteration, name)
         self.ledger.start_phase(iteration, name)
         start, self._tokens = time.monotonic(), 0
-        yield
-        self._latest[name] = (time.monotonic() - start, self._tokens)
-        self.ledger.finish_phase(iteration, name, tokens=self._tokens)
+        found: dict[str, float] = {}
+        yield found
+        seconds = time.monotonic() - start
+        self._latest[name] = (seconds, self._tokens)
+        self.ledger.finish_phase(iteration, name, seconds=seconds, tokens=self._tokens, metrics=found)
 
     def count_tokens(self, count: int) -> None:
         """Adds to the tokens, generated or computed by the learner, of the stage that runs."""
@@ -73,11 +78,3 @@ class Context:
             if count:
                 found[f"throughput/{name}_tokens_per_s"] = count / elapsed
         return found
-
-    def seed(self, *purpose: str | int) -> int:
-        """A seed for one purpose."""
-        return derive_seed(self.config.seed, *purpose)
-
-    def checkpoint(self, iteration: int) -> Path:
-        """The folder of an iteration's checkpoint."""
-        return self.run_dir / "checkpoints" / f"iteration-{iteration:04d}"

@@ -22,20 +22,21 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from orchestrator.errors import AgonError
+from orchestrator.errors import AgonError, TrainingError
 from orchestrator.evaluation import evaluate
-from orchestrator.iteration import Iteration
+from orchestrator.iteration import Iteration, keep_answers
 from orchestrator.publisher import reference_version
-from orchestrator.remote import fetch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from orchestrator.accounts import CheckpointRecord
     from orchestrator.context import Context
     from orchestrator.ledger import FinishedIteration
     from orchestrator.types import PolicyVersion
 
 _MAX_EMPTY_ITERATIONS = 3
+_MAX_ROLLED_BACK = 3
 
 
 class Controller:
@@ -45,24 +46,33 @@ class Controller:
         self._context = context
         self._versions: list[PolicyVersion] = []
 
-    def run(self, finished: list[FinishedIteration]) -> None:
-        """Runs from the last of the `finished` iterations, which the ledger remembers, to the end.
+    def run(self) -> None:
+        """Runs from where the ledger says that an earlier process stopped, or from the beginning, to the end.
 
         Raises:
-            AgonError: whatever stops the run; nothing that was promoted is lost.
+            AgonError: whatever stops the run; nothing that counts is lost.
         """
+        context, config = self._context, self._context.config
+        checkpoint = context.learning.surviving(context.learning.restore)
+        finished = context.ledger.finished()  # read after it: a checkpoint that is damaged undoes iterations
         if finished:
-            self._continue_from(finished)
+            self._continue_from(finished, checkpoint)
         else:
             self._begin()
-        config, empty = self._context.config, 0
+        empty = rolled_back = 0
         for number in range(len(self._versions), config.pipeline.iterations + 1):
             reference = reference_version(config.reference.kind, config.reference.ema_decay, self._versions)
-            outcome = Iteration(self._context, number, self._versions[-1], reference).run()
+            outcome = Iteration(context, number, self._versions[-1], reference).run()
             self._versions.append(outcome.version)
             empty = 0 if outcome.num_pairs else empty + 1
             if empty == _MAX_EMPTY_ITERATIONS:
                 raise AgonError(f"{empty} iterations in a row made no pair. {self._why_no_pairs(outcome.metrics)}")
+            rolled_back = rolled_back + 1 if outcome.rolled_back else 0
+            if rolled_back == _MAX_ROLLED_BACK:
+                raise TrainingError(
+                    f"{rolled_back} iterations in a row were rolled back (events.jsonl says why each time): lower"
+                    " learner.lr or raise loss.beta, look at the pairs in skipped/, or widen what promotion.* allows"
+                )
 
     def _why_no_pairs(self, metrics: Mapping[str, float]) -> str:
         score, scorer = metrics.get("rollout/score_mean", math.nan), self._context.config.scorer
@@ -78,12 +88,13 @@ class Controller:
     def _begin(self) -> None:
         context = self._context
         with context.stage("publish", 0):
-            self._versions = [context.publisher.publish(0)]
+            self._versions = [context.publisher.publish(0, 0)]
         metrics: dict[str, float] = {}
         if context.config.evaluation.scorer != "none":
             with context.stage("evaluate", 0):
                 evaluation = evaluate(context.rollouts, context.examiner, context.test_prompts, context.config, 0)
                 context.count_tokens(evaluation.tokens)
+            keep_answers(context, 0, evaluation)
             metrics = evaluation.metrics()
         metrics |= context.stage_metrics()
         context.ledger.finish_iteration(
@@ -91,21 +102,18 @@ class Controller:
         )
         context.tracker.log(metrics, iteration=0, step=0)
 
-    def _continue_from(self, finished: list[FinishedIteration]) -> None:
+    def _continue_from(self, finished: list[FinishedIteration], checkpoint: CheckpointRecord | None) -> None:
+        """Generators get the last promoted weights, unless the learner has gone on from them already."""
         context, last = self._context, finished[-1]
-        if last.checkpoint is not None:
-            context.steps = fetch(
-                context.roles.learner.load.remote(str(context.run_dir / last.checkpoint)),
-                what=f"learner: load {last.checkpoint}",
-                deadline_s=context.config.learner.start_deadline_s,
-                knob="learner.start_deadline_s",
-            )
         context.prompts.cursor = last.cursor
+        self._versions = [iteration.version for iteration in finished]
+        context.learning.version = last.version.number
+        if checkpoint is not None and checkpoint.iteration > last.iteration:
+            return
         with context.stage("publish", last.iteration):
-            version = context.publisher.publish(last.version.number)
+            version = context.publisher.publish(last.version.number, last.iteration)
         if version != last.version:
             raise AgonError(
                 f"the checkpoint of iteration {last.iteration} gives weights {version}, the ledger says {last.version}:"
                 " one of them was changed after the run stopped"
             )
-        self._versions = [iteration.version for iteration in finished]

@@ -33,10 +33,10 @@ class Evaluation:
     sampled: Accuracy
     abstained: int
     """Completions on which the scorer abstained; they count as not solved."""
-    tokens: int
-    """Generated for it."""
-    sampled_completions: tuple[tuple[Prompt, Completion], ...]
-    """What was sampled, for estimates of KL."""
+    greedy_answers: Sequence[ScoredGroup]
+    """One completion a prompt, each scored."""
+    sampled_answers: Sequence[ScoredGroup]
+    """The same, sampled."""
 
     def metrics(self) -> dict[str, float]:
         """Scalars for tracking, under `eval/`."""
@@ -46,6 +46,16 @@ class Evaluation:
             for part, value in asdict(accuracy).items()
         }
         return found | {"eval/abstained": float(self.abstained), "eval/tokens": float(self.tokens)}
+
+    @property
+    def tokens(self) -> int:
+        """Generated for it."""
+        return sum(len(one.group.completions[0].token_ids) for one in (*self.greedy_answers, *self.sampled_answers))
+
+    @property
+    def sampled_completions(self) -> list[tuple[Prompt, Completion]]:
+        """What was sampled, for estimates of KL."""
+        return [(one.group.prompt, one.group.completions[0]) for one in self.sampled_answers]
 
 
 def evaluate(
@@ -61,12 +71,13 @@ def evaluate(
 
     greedy, sampled = rollouts.sample(prompts, [draw("greedy", 0.0), draw("sampled", config.evaluation.temperature)])
     scored = examiner.score(greedy + sampled)
+    greedy_answers, sampled_answers = scored[: len(greedy)], scored[len(greedy) :]
     return Evaluation(
-        greedy=accuracy(scored[: len(greedy)]),
-        sampled=accuracy(scored[len(greedy) :]),
+        greedy=accuracy(greedy_answers),
+        sampled=accuracy(sampled_answers),
         abstained=sum(score.value is None for group in scored for score in group.scores),
-        tokens=sum(len(group.completions[0].token_ids) for group in greedy + sampled),
-        sampled_completions=tuple((group.prompt, group.completions[0]) for group in sampled),
+        greedy_answers=greedy_answers,
+        sampled_answers=sampled_answers,
     )
 
 

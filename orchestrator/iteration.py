@@ -1,43 +1,41 @@
 """One iteration as a transaction: collect -> train -> publish -> anchors -> evaluate -> promote.
 
-Everything before `promote` may be thrown away and done again; `promote` writes the checkpoint and then one row of the
-ledger, and from that row on the iteration counts. A run that is resumed starts behind the last such row.
+    stage      consumes                    produces                                                      counts from
+    collect    prompts, the data policy    rollouts/*.parquet, pairs/*.parquet, pairs                    each wave
+    train      pairs                       checkpoints/iteration-NNNN                                    each segment
+    publish    the learner's weights       a version that every generator holds                          the proof
+    anchors    held-out prompts            how far the judge that trains agrees with the verifier        its end
+    evaluate   held-out prompts            accuracy with intervals, KL (each `evaluation.every`)         its end
+    promote    all of it                   a row of the ledger; the version is the next data policy      the row
 
-    stage      consumes                    produces
-    collect    prompts, the data policy    rollouts/*.parquet, pairs/*.parquet, pairs
-    train      pairs                       optimizer steps
-    publish    the learner's weights       a version that every generator holds
-    anchors    held-out prompts            how far the judge that trains agrees with the verifier, if it is another
-    evaluate   held-out prompts            accuracy with intervals, KL to the initial model (each `evaluation.every`)
-    promote    all of it                   checkpoint, ledger row; the version becomes the next data policy
+What counts is never done again: a run that is resumed goes on within the stage in which it was broken off.
 """
 
 from __future__ import annotations
 
-import shutil
-import time
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import ray
-
-from conf.objectives import OBJECTIVES
-from orchestrator import batching, metrics
-from orchestrator.errors import DeadlineError
+from orchestrator import metrics
+from orchestrator.errors import FailureKind, TrainingError
 from orchestrator.evaluation import anchor_figures, evaluate
-from orchestrator.filters import filter_pairs
-from orchestrator.remote import fetch, fetch_with_progress
+from orchestrator.events import Event, EventKind
+from orchestrator.promotion import alarms, comparison_figures
+from orchestrator.store import read_rollouts
 from orchestrator.summary import build_summary, write_summary
+from orchestrator.waves import Wave
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    from collections.abc import Callable, Mapping, Sequence
 
     from conf.schema import Config
     from orchestrator.context import Context
-    from orchestrator.types import PolicyVersion, PreferencePair, UpdateResult
+    from orchestrator.evaluation import Evaluation
+    from orchestrator.types import PolicyVersion, PreferencePair
 
-_PUT_SLICE_S = 1.0  # how long one put waits for room before the learner's health is looked at
+ROLLED_BACK = "promotion/rolled_back"
+"""1 in the metrics of an iteration whose weights were given up."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,152 +44,180 @@ class Outcome:
 
     version: PolicyVersion
     num_pairs: int
+    rolled_back: bool
+    """The version is that of the policy before."""
     metrics: Mapping[str, float]
     """As they were logged."""
 
 
 class Iteration:
-    """Iteration `number`, from the data policy `policy` (the weights that generators and learner now hold)."""
+    """Iteration `number`, from the data policy `policy`, which generators and learner hold unless it was trained on."""
 
     def __init__(self, context: Context, number: int, policy: PolicyVersion, reference: PolicyVersion) -> None:
         self._context = context
         self._number = number
         self._policy = policy
         self._reference = reference
-        self._metrics: dict[str, float] = {}
+        self._metrics: dict[str, float] = {ROLLED_BACK: 0.0}
 
     def run(self) -> Outcome:
-        """Runs all stages."""
+        """Runs all stages, from where an earlier process broke off."""
         context, number = self._context, self._number
+        context.prompts.skip = frozenset(context.accounts.quarantined(before=number))
         with context.stage("collect", number):
             pairs = self._collect()
         with context.stage("train", number):
-            self._train(pairs)
-        with context.stage("publish", number):
-            version = context.publisher.publish(number) if pairs else self._policy
+            moved = self._train(pairs)
+        version = self._policy
+        if moved:
+            with context.stage("publish", number):
+                version = context.publisher.publish(number, number)
         if _has_anchors(context.config):
-            with context.stage("anchors", number):
-                self._measure_judge()
+            self._measure("anchors", self._measure_judge)
         if _is_evaluated(context.config, number):
-            with context.stage("evaluate", number):
-                self._evaluate()
+            self._measure("evaluate", self._evaluate)
         with context.stage("promote", number):
-            self._promote(version)
-        return Outcome(version=version, num_pairs=len(pairs), metrics=self._metrics)
+            version = self._promote(version)
+        return Outcome(
+            version=version, num_pairs=len(pairs), rolled_back=bool(self._metrics[ROLLED_BACK]), metrics=self._metrics
+        )
 
-    def _collect(self) -> list[PreferencePair]:
-        context, config = self._context, self._context.config
-        prompts = context.prompts.take(config.pipeline.prompts_per_iteration)
-        collected = context.collector.collect(prompts, self._number, self._reference)
-        pairs, dropped = filter_pairs(collected.pairs, config.filter)
-        context.store.write_pairs(self._number, pairs)
-        context.count_tokens(collected.tokens)
-        self._metrics |= metrics.rollout_metrics(collected.scored) | context.judge.metrics()
-        self._metrics.update(collected.metrics)
-        self._metrics |= metrics.pair_metrics(pairs, collected.counts, dropped)
-        context.tracker.pairs(pairs)
-        return pairs
+    def _collect(self) -> Sequence[PreferencePair]:
+        context, config = self._context, self._context.config.pipeline
+        prompts = context.prompts.take(config.prompts_per_iteration)
+        harvest = context.waves.collect(
+            [
+                Wave(
+                    iteration=self._number,
+                    number=index,
+                    prompts=prompts[start : start + config.wave_prompts],
+                    policy=self._policy,
+                    reference=self._reference,
+                )
+                for index, start in enumerate(range(0, len(prompts), config.wave_prompts))
+            ]
+        )
+        context.count_tokens(harvest.tokens)
+        self._metrics |= harvest.tally
+        context.tracker.pairs(harvest.pairs)
+        return harvest.pairs
 
-    def _train(self, pairs: list[PreferencePair]) -> list[UpdateResult]:
-        """Packs the pairs, batch by batch as the queue takes them, and feeds the learner through it."""
-        context, config = self._context, self._context.config.learner
-        learner, queue = context.roles.learner, context.roles.queue
+    def _train(self, pairs: Sequence[PreferencePair]) -> bool:
+        """Whether new weights came of it."""
+        context = self._context
         if not pairs:
             context.tracker.message(f"iteration {self._number}: no pair survived; nothing to train on")
-            return []
-        batches = [
-            part
-            for epoch in range(config.epochs)
-            for part in batching.batches(
-                pairs,
-                batch_pairs=config.batch_pairs,
-                seed=context.seed("shuffle", self._number),
-                epoch=epoch,
-                whole_groups=OBJECTIVES[context.config.loss.name].unit == "group",
-            )
-        ]
-        self._call(learner.begin_iteration.remote(self._number, len(batches)), "begin the iteration")
-        training = learner.train.remote(queue, len(batches))
-        self._feed(batches, training)
-        results: list[UpdateResult] = fetch_with_progress(
-            training,
-            what=f"learner: {len(batches)} optimizer steps",
-            deadline_s=config.step_deadline_s * len(batches),
-            knob="learner.step_deadline_s",
-            on_tick=lambda: self._show_training(len(batches)),
-        )
-        for result in results:
-            context.tracker.log(
-                {f"step/{name}": value for name, value in result.metrics.items()},
-                iteration=self._number,
-                step=result.step,
-            )
+            return False
+        try:
+            results = context.learning.train(self._number, pairs)
+        except TrainingError as error:
+            self._roll_back(str(error))
+            return False
         context.count_tokens(sum(result.tokens for result in results))
-        context.steps = results[-1].step
         self._metrics |= metrics.update_metrics(results)
-        return results
+        return True
 
-    def _feed(self, batches: list[list[PreferencePair]], training: Any) -> None:
-        """Puts packed batches into the queue as room appears, and stops as soon as the learner does."""
-        deadline_s, loss = self._context.config.learner.step_deadline_s, self._context.config.loss
-        mismatched = OBJECTIVES[loss.name].mismatched
-        for number, pairs in enumerate(batches):
-            packed = batching.pack(pairs, number=number, mismatched=mismatched, include_prompt=loss.include_prompt)
-            batch = ray.put(packed)
-            end = time.monotonic() + deadline_s
-            while not self._context.roles.queue.put(batch, timeout_s=_PUT_SLICE_S):
-                self._show_training(len(batches))
-                if ray.wait([training], timeout=0)[0]:
-                    return
-                if time.monotonic() > end:
-                    raise DeadlineError(
-                        f"learner: took no batch from the queue within {deadline_s:g} s; raise learner.step_deadline_s"
-                        " if a step is really that long, or lower learner.batch_pairs"
-                    )
+    def _roll_back(self, why: str) -> None:
+        """The learner goes back to the last promoted policy; what the iteration trained is in no weights any more."""
+        self._metrics[ROLLED_BACK] = 1.0
+        self._context.learning.give_up(self._number)
+        self._context.emit(
+            Event(
+                kind=EventKind.ROLLED_BACK,
+                iteration=self._number,
+                failure=FailureKind.DATA,
+                text=f"iteration {self._number} is rolled back to the policy {self._policy}: {why}",
+            )
+        )
 
-    def _show_training(self, total: int) -> None:
-        done = self._call(self._context.roles.learner.progress.remote(), "progress")
-        self._context.tracker.progress("train", done, total, 0)
-
-    def _measure_judge(self) -> None:
+    def _measure(self, stage: str, figures: Callable[[], dict[str, float]]) -> None:
+        """Runs a stage whose figures are all that comes of it, unless they are known already."""
         context = self._context
-        self._metrics |= anchor_figures(
+        known = context.ledger.finished_phase(self._number, stage)
+        if known is None:
+            with context.stage(stage, self._number) as found:
+                found |= figures()
+                self._metrics |= found
+        else:
+            self._metrics |= known.metrics
+
+    def _measure_judge(self) -> dict[str, float]:
+        context = self._context
+        return anchor_figures(
             context.rollouts, context.judge, context.examiner, context.test_prompts, context.config, self._number
         )
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> dict[str, float]:
         context, config = self._context, self._context.config
         last = self._number == config.pipeline.iterations
         prompts = context.test_prompts[: config.evaluation.final_problems if last else config.evaluation.problems]
         evaluation = evaluate(context.rollouts, context.examiner, prompts, config, self._number)
         context.count_tokens(evaluation.tokens)
-        self._metrics |= evaluation.metrics()
+        found = evaluation.metrics() | self._compare(evaluation)
         samples = evaluation.sampled_completions[: config.evaluation.kl_prompts]
         if samples and config.evaluation.temperature == 1:
             # Completions drawn at another temperature do not come from the policy whose KL is asked for.
-            kl = self._call(context.roles.learner.kl_to_initial.remote(samples), "KL to the initial model")
-            self._metrics["eval/kl_initial"] = kl
+            found["eval/kl_initial"] = context.learning.call("kl_to_initial", samples, what="KL to the initial model")
+        return found
 
-    def _promote(self, version: PolicyVersion) -> None:
+    def _compare(self, evaluation: Evaluation) -> dict[str, float]:
+        """With the answers of the policy before, which were kept; those of this one are kept for the next."""
+        context, store = self._context, self._context.store
+        keep_answers(context, self._number, evaluation)
+        for done in reversed(context.ledger.finished()):
+            before = [store.evaluation_path(done.iteration, kind) for kind in ("greedy", "sampled")]
+            if not done.metrics.get(ROLLED_BACK) and all(context.archive.intact(path) for path in before):
+                return comparison_figures(
+                    evaluation.greedy_answers, evaluation.sampled_answers, *(read_rollouts(path) for path in before)
+                )
+        return {}
+
+    def _promote(self, version: PolicyVersion) -> PolicyVersion:
+        """Decides which policy the next iteration starts from, and makes this one count."""
         context = self._context
-        folder = context.checkpoint(self._number)
-        self._call(context.roles.learner.save.remote(str(folder)), f"save {folder.name}")
+        version = self._decide(version)
+        checkpoint = context.accounts.latest_checkpoint()
         self._metrics |= context.stage_metrics()
         # Logged first: lines of an iteration that has no row yet are dropped when the run is resumed.
-        context.tracker.log(self._metrics, iteration=self._number, step=context.steps)
+        context.tracker.log(self._metrics, iteration=self._number, step=context.learning.steps)
         context.ledger.finish_iteration(
             self._number,
             version=version,
             cursor=context.prompts.cursor,
-            checkpoint=str(folder.relative_to(context.run_dir)),
+            checkpoint=checkpoint.path if checkpoint else None,
             metrics=self._metrics,
         )
         write_summary(context.run_dir, build_summary(context.ledger))
-        _prune(folder.parent, keep=context.config.pipeline.keep_checkpoints)
+        self._prune()
+        return version
 
-    def _call(self, ref: Any, what: str) -> Any:
-        deadline_s = self._context.config.learner.step_deadline_s
-        return fetch(ref, what=f"learner: {what}", deadline_s=deadline_s, knob="learner.step_deadline_s")
+    def _decide(self, version: PolicyVersion) -> PolicyVersion:
+        context, config = self._context, self._context.config.promotion
+        if config.gate == "off" or version == self._policy:
+            return version
+        found = alarms(config, self._metrics, [done.metrics for done in context.ledger.finished()])
+        for alarm in found:
+            text = f"iteration {self._number}: {alarm}"
+            context.emit(Event(kind=EventKind.ALARM, iteration=self._number, failure=FailureKind.DATA, text=text))
+        if not found or config.gate == "alarm":
+            return version
+        self._roll_back("; ".join(found))
+        return context.publisher.publish(self._policy.number, self._number)
+
+    def _prune(self) -> None:
+        """Keeps the newest checkpoints, and the one whose policy answered best."""
+        context = self._context
+        known = context.accounts.checkpoints()
+        scores = {
+            done.checkpoint: done.metrics["eval/greedy_value"]
+            for done in context.ledger.finished()
+            if "eval/greedy_value" in done.metrics
+        }
+        best = max(known, key=lambda record: scores.get(record.path, -math.inf), default=None)
+        for record in known[: -context.config.pipeline.keep_checkpoints]:
+            if record != best:
+                context.accounts.drop_checkpoint(record.path)
+        context.learning.tidy()
 
 
 def _is_evaluated(config: Config, number: int) -> bool:
@@ -205,7 +231,12 @@ def _has_anchors(config: Config) -> bool:
     return config.evaluation.anchors > 0 and config.evaluation.scorer == "verifier" and config.scorer.kind != "verifier"
 
 
-def _prune(folder: Path, keep: int) -> None:
-    """Removes all but the newest checkpoints."""
-    for old in sorted(path for path in folder.iterdir() if path.is_dir())[:-keep]:
-        shutil.rmtree(old)
+def keep_answers(context: Context, iteration: int, evaluation: Evaluation) -> None:
+    """Writes the answers of an evaluation, to be compared with later ones and to be read."""
+    store = context.store
+    paths = [
+        store.write_evaluation(iteration, "greedy", evaluation.greedy_answers),
+        store.write_evaluation(iteration, "sampled", evaluation.sampled_answers),
+    ]
+    with context.ledger.transaction():
+        context.archive.seal(iteration, paths)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from orchestrator.tally import Tally
     from orchestrator.tasks.base import Message
     from orchestrator.types import Completion, GenerationRequest, Prompt, RolloutGroup, ScoredGroup
 
@@ -38,7 +39,7 @@ class Judge(Protocol):
             AgonError: the judge as a whole failed (its actors died, its deadline passed).
         """
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> Tally:
         """Of the judgements since the last call, for `judge/`: rates of failures, abstentions, ties, agreement.
 
         Raises:
@@ -56,7 +57,7 @@ class StateEvaluator(Protocol):
             AgonError: it failed as a whole.
         """
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> Tally:
         """Of the evaluations since the last call, for `search/`."""
 
 

@@ -1,11 +1,19 @@
 """The source of truth for resume: what a run finished, in SQLite (`<run>/ledger.sqlite`).
 
-    run          one row: recipe, seed, hash of the configuration, planned iterations, status, error
-    phases       one row for each phase of each iteration: when it started and ended, the tokens it took
-    iterations   one row for each finished iteration; from that row on the iteration counts
+    run            one row: recipe, seed, hash of the configuration, planned iterations, status, error
+    phases         one row for each phase of each iteration: when it started, how long it took, its tokens and metrics
+    iterations     one row for each finished iteration; from that row on the iteration counts
+    files          one row for each file of records that counts, with its size and digest (`accounts.py`, and all below)
+    waves          one row for each wave of prompts: issued, sampled, scored
+    groups         one row for each prompt of an iteration whose completions were scored: nobody is judged twice
+    pairs          one row for each pair that was accepted for training
+    batches        one row for each batch: its pairs, and what became of it
+    checkpoints    one row for each state of the learner that counts
+    publications   one row for each version of the weights that generators held
+    quarantine     one row for each prompt that kills whoever works on it
 
-Every call is one transaction that is on disk when it returns (WAL, synchronous=FULL). One process writes; any other may
-read meanwhile through `LedgerReader`.
+Every call is one transaction that is on disk when it returns (WAL, synchronous=FULL), or part of the transaction that
+the caller opened. One process writes; any other may read meanwhile through `LedgerReader`.
 """
 
 from __future__ import annotations
@@ -13,6 +21,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Self
@@ -21,10 +30,10 @@ from orchestrator.errors import ConfigError, DataError
 from orchestrator.types import PolicyVersion
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FILE_NAME = "ledger.sqlite"
 _BUSY_S = 30.0
 
@@ -35,12 +44,39 @@ CREATE TABLE run (
     iterations INTEGER NOT NULL, status TEXT NOT NULL, error TEXT, started REAL NOT NULL, ended REAL
 );
 CREATE TABLE phases (
-    iteration INTEGER NOT NULL, phase TEXT NOT NULL, started REAL NOT NULL, finished REAL,
-    tokens INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (iteration, phase)
+    iteration INTEGER NOT NULL, phase TEXT NOT NULL, started REAL NOT NULL, seconds REAL,
+    tokens INTEGER NOT NULL DEFAULT 0, metrics TEXT NOT NULL DEFAULT '{}', PRIMARY KEY (iteration, phase)
 );
 CREATE TABLE iterations (
     iteration INTEGER PRIMARY KEY, version_number INTEGER NOT NULL, version_digest TEXT NOT NULL,
     cursor INTEGER NOT NULL, checkpoint TEXT, metrics TEXT NOT NULL, finished REAL NOT NULL
+);
+CREATE TABLE files (
+    path TEXT PRIMARY KEY, iteration INTEGER NOT NULL, bytes INTEGER NOT NULL, digest TEXT NOT NULL,
+    written REAL NOT NULL
+);
+CREATE TABLE waves (
+    iteration INTEGER NOT NULL, wave INTEGER NOT NULL, prompts TEXT NOT NULL, issued REAL NOT NULL, sampled REAL,
+    scored REAL, outcome TEXT, PRIMARY KEY (iteration, wave)
+);
+CREATE TABLE groups (
+    iteration INTEGER NOT NULL, prompt TEXT NOT NULL, wave INTEGER NOT NULL, completions INTEGER NOT NULL,
+    scorer TEXT NOT NULL, PRIMARY KEY (iteration, prompt)
+);
+CREATE TABLE pairs (id TEXT PRIMARY KEY, iteration INTEGER NOT NULL, wave INTEGER NOT NULL);
+CREATE TABLE batches (
+    iteration INTEGER NOT NULL, number INTEGER NOT NULL, pairs TEXT NOT NULL, issued REAL, acknowledged REAL,
+    step INTEGER, outcome TEXT, result TEXT, PRIMARY KEY (iteration, number)
+);
+CREATE TABLE checkpoints (
+    path TEXT PRIMARY KEY, iteration INTEGER NOT NULL, batches INTEGER NOT NULL, step INTEGER NOT NULL,
+    digest TEXT NOT NULL, written REAL NOT NULL
+);
+CREATE TABLE publications (
+    number INTEGER PRIMARY KEY, digest TEXT NOT NULL, iteration INTEGER NOT NULL, published REAL NOT NULL
+);
+CREATE TABLE quarantine (
+    prompt TEXT PRIMARY KEY, iteration INTEGER NOT NULL, reason TEXT NOT NULL, noted REAL NOT NULL
 );
 """
 
@@ -74,19 +110,17 @@ class RunRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PhaseRecord:
-    """One phase of one iteration: its latest attempt. Times are seconds since the epoch."""
+    """One phase of one iteration: its latest attempt."""
 
     iteration: int
     phase: str
     started: float
-    finished: float | None
-    """None while it runs, and for good when it was interrupted."""
+    """Seconds since the epoch."""
+    seconds: float | None
+    """How long it took, on a clock that does not jump; None while it runs, and for good when it was interrupted."""
     tokens: int
-
-    @property
-    def seconds(self) -> float:
-        """How long it took; 0 when it did not finish."""
-        return 0.0 if self.finished is None else self.finished - self.started
+    metrics: Mapping[str, float]
+    """What it found out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,11 +150,11 @@ class LedgerReader:
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / FILE_NAME
         try:
-            self._db = sqlite3.connect(f"{self.path.absolute().as_uri()}?mode={self._mode}", uri=True, timeout=_BUSY_S)
-            self._db.row_factory = sqlite3.Row
-            self._db.isolation_level = None
+            self.db = sqlite3.connect(f"{self.path.absolute().as_uri()}?mode={self._mode}", uri=True, timeout=_BUSY_S)
+            self.db.row_factory = sqlite3.Row
+            self.db.isolation_level = None
             self._prepare()
-            found = self._db.execute("SELECT version FROM schema").fetchone()
+            found = self.db.execute("SELECT version FROM schema").fetchone()
         except sqlite3.DatabaseError as error:
             raise DataError(f"{self.path}: not a readable ledger: {error}") from error
         if found is None or found["version"] != SCHEMA_VERSION:
@@ -131,17 +165,28 @@ class LedgerReader:
 
     def run(self) -> RunRecord | None:
         """The run; None before `begin`."""
-        row = self._db.execute(f"SELECT {_columns(RunRecord)} FROM run").fetchone()
+        row = self.db.execute(f"SELECT {_columns(RunRecord)} FROM run").fetchone()
         return row and RunRecord(**{**row, "status": RunStatus(row["status"])})
 
     def phases(self) -> list[PhaseRecord]:
         """Every phase, in the order in which they began."""
-        rows = self._db.execute(f"SELECT {_columns(PhaseRecord)} FROM phases ORDER BY started, rowid")
-        return [PhaseRecord(**row) for row in rows]
+        rows = self.db.execute(f"SELECT {_columns(PhaseRecord)} FROM phases ORDER BY rowid")
+        return [PhaseRecord(**{**row, "metrics": json.loads(row["metrics"])}) for row in rows]
+
+    def finished_phase(self, iteration: int, phase: str) -> PhaseRecord | None:
+        """A phase that was done; None where it was not."""
+        return next(
+            (
+                known
+                for known in self.phases()
+                if (known.iteration, known.phase) == (iteration, phase) and known.seconds is not None
+            ),
+            None,
+        )
 
     def finished(self) -> list[FinishedIteration]:
         """Every iteration that counts, in order."""
-        rows = self._db.execute("SELECT * FROM iterations ORDER BY iteration")
+        rows = self.db.execute("SELECT * FROM iterations ORDER BY iteration")
         return [
             FinishedIteration(
                 iteration=row["iteration"],
@@ -161,7 +206,7 @@ class LedgerReader:
 
     def close(self) -> None:
         """Closes the connection."""
-        self._db.close()
+        self.db.close()
 
     def __enter__(self) -> Self:
         return self
@@ -187,10 +232,21 @@ class Ledger(LedgerReader):
         super().__init__(run_dir)
 
     def _prepare(self) -> None:
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=FULL")
-        if self._db.execute("SELECT 1 FROM sqlite_master").fetchone() is None:
-            self._db.executescript(f"BEGIN; {_TABLES} INSERT INTO schema VALUES ({SCHEMA_VERSION}); COMMIT;")
+        self.db.execute("PRAGMA journal_mode=WAL")
+        self.db.execute("PRAGMA synchronous=FULL")
+        if self.db.execute("SELECT 1 FROM sqlite_master").fetchone() is None:
+            self.db.executescript(f"BEGIN; {_TABLES} INSERT INTO schema VALUES ({SCHEMA_VERSION}); COMMIT;")
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """What is written within the block is on disk, all of it, when the block ends, or never was."""
+        self.db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self.db.execute("ROLLBACK")
+            raise
+        self.db.execute("COMMIT")
 
     def begin(self, *, recipe: str, seed: int, config_hash: str, iterations: int) -> None:
         """Notes that the run starts, or goes on.
@@ -204,31 +260,39 @@ class Ledger(LedgerReader):
                 f"{self.path.parent} holds a run with another configuration (recipe {known.recipe}, seed {known.seed},"
                 f" hash {known.config_hash}; now {config_hash}): resume it unchanged, or choose another run_dir"
             )
-        self._db.execute(
+        self.db.execute(
             "INSERT INTO run (id, recipe, seed, config_hash, iterations, status, started) VALUES (1, ?, ?, ?, ?, ?, ?)"
             " ON CONFLICT (id) DO UPDATE SET"
             " status = excluded.status, iterations = excluded.iterations, error = NULL, ended = NULL",
             (recipe, seed, config_hash, iterations, RunStatus.RUNNING, time.time()),
         )
-        self._db.execute("DELETE FROM phases WHERE finished IS NULL")  # broken off by the end of an earlier process
+        self.db.execute("DELETE FROM phases WHERE seconds IS NULL")  # broken off by the end of an earlier process
 
     def end(self, status: RunStatus, error: str | None = None) -> None:
         """Notes how the run stopped."""
-        self._db.execute("UPDATE run SET status = ?, error = ?, ended = ?", (status, error, time.time()))
+        self.db.execute("UPDATE run SET status = ?, error = ?, ended = ?", (status, error, time.time()))
 
     def start_phase(self, iteration: int, phase: str) -> None:
         """Notes that a phase starts; an earlier attempt at it is forgotten."""
-        self._db.execute(
+        self.db.execute(
             "INSERT OR REPLACE INTO phases (iteration, phase, started) VALUES (?, ?, ?)",
             (iteration, phase, time.time()),
         )
 
-    def finish_phase(self, iteration: int, phase: str, *, tokens: int = 0) -> None:
-        """Notes that a phase is done, and the tokens it generated or computed."""
-        self._db.execute(
-            "UPDATE phases SET finished = ?, tokens = ? WHERE iteration = ? AND phase = ?",
-            (time.time(), tokens, iteration, phase),
+    def finish_phase(
+        self, iteration: int, phase: str, *, seconds: float, tokens: int = 0, metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Notes that a phase is done: how long it took, the tokens it generated or computed, and what it found out."""
+        self.db.execute(
+            "UPDATE phases SET seconds = ?, tokens = ?, metrics = ? WHERE iteration = ? AND phase = ?",
+            (seconds, tokens, _dump(metrics or {}), iteration, phase),
         )
+
+    def forget_phases(self, iteration: int, *phases: str) -> None:
+        """Phases of an iteration, and all phases of those behind it but `collect`, are to be done again."""
+        marks = ", ".join("?" for _ in phases)
+        self.db.execute(f"DELETE FROM phases WHERE iteration = ? AND phase IN ({marks})", (iteration, *phases))
+        self.db.execute("DELETE FROM phases WHERE iteration > ? AND phase <> 'collect'", (iteration,))
 
     def finish_iteration(
         self,
@@ -250,10 +314,18 @@ class Ledger(LedgerReader):
             version.digest,
             cursor,
             checkpoint,
-            json.dumps({name: float(value) for name, value in metrics.items()}),
+            _dump(metrics),
             time.time(),
         )
-        self._db.execute("INSERT INTO iterations VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+        self.db.execute("INSERT INTO iterations VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+
+    def unfinish_iterations(self, after: int) -> None:
+        """Iterations behind `after` do not count any more: what they stood on is lost."""
+        self.db.execute("DELETE FROM iterations WHERE iteration > ?", (after,))
+
+
+def _dump(metrics: Mapping[str, float]) -> str:
+    return json.dumps({name: float(value) for name, value in metrics.items()})
 
 
 def _columns(record: type[RunRecord | PhaseRecord]) -> str:

@@ -9,6 +9,7 @@ from statistics import NormalDist, fmean
 from typing import TYPE_CHECKING
 
 from orchestrator.pairing import is_tie
+from orchestrator.tally import Tally
 from orchestrator.types import FinishReason
 
 if TYPE_CHECKING:
@@ -71,34 +72,30 @@ def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> tuple
     return low, high
 
 
-def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+def rollout_metrics(groups: Sequence[ScoredGroup]) -> Tally:
     """`rollout/`: what was sampled and how it was judged, before any filter."""
+    found = Tally()
     completions = [completion for scored in groups for completion in scored.group.completions]
     if not completions:
-        return {}
+        return found
     given = [[score.value for score in scored.scores if score.value is not None] for scored in groups]
     scores = [value for values in given for value in values]
     comparisons = [is_tie(*two) for values in given for two in combinations(values, 2)]
     lengths = [len(completion.token_ids) for completion in completions]
-    found = {
-        "completions": float(len(completions)),
-        "tokens": float(sum(lengths)),
-        "length_mean": fmean(lengths),
-        "length_max": float(max(lengths)),
-        "truncated_fraction": fmean(completion.finish_reason is FinishReason.LENGTH for completion in completions),
-        "abstained_fraction": 1 - len(scores) / len(completions),
-        "all_same_fraction": fmean(not values or is_tie(min(values), max(values)) for values in given),
-    }
-    if scores:
-        found["score_mean"] = fmean(scores)
-    if comparisons:
-        found["tie_fraction"] = fmean(comparisons)
-    return _under("rollout", found)
+    found.sum("rollout/completions", len(completions))
+    found.sum("rollout/tokens", sum(lengths))
+    found.mean("rollout/length_mean", lengths)
+    found.max("rollout/length_max", max(lengths))
+    truncated = (completion.finish_reason is FinishReason.LENGTH for completion in completions)
+    found.mean("rollout/truncated_fraction", truncated)
+    found.ratio("rollout/abstained_fraction", len(completions) - len(scores), len(completions))
+    found.mean("rollout/all_same_fraction", (not values or is_tie(min(values), max(values)) for values in given))
+    found.mean("rollout/score_mean", scores)
+    found.mean("rollout/tie_fraction", comparisons)
+    return found
 
 
-def pair_metrics(
-    pairs: Sequence[PreferencePair], counts: Mapping[str, int], dropped: Mapping[str, int]
-) -> dict[str, float]:
+def pair_metrics(pairs: Sequence[PreferencePair], counts: Mapping[str, int], dropped: Mapping[str, int]) -> Tally:
     """`pairs/`: what was made of the scores.
 
     Args:
@@ -106,15 +103,17 @@ def pair_metrics(
         counts: sums of `PairingCounts.as_dict()` over the groups.
         dropped: reasons of `filter_pairs` and how often each applied.
     """
-    found = {name: float(counts.get(name, 0)) for name in ("ties", "abstentions", "undecided")}
-    found["made"] = float(counts.get("pairs", 0))
-    found["kept"] = float(len(pairs))
-    found |= {f"dropped_{reason}": float(count) for reason, count in dropped.items()}
-    if pairs:
-        found["margin_mean"] = fmean(pair.margin for pair in pairs)
-        found["length_chosen_mean"] = fmean(len(pair.chosen.token_ids) for pair in pairs)
-        found["length_rejected_mean"] = fmean(len(pair.rejected.token_ids) for pair in pairs)
-    return _under("pairs", found)
+    found = Tally()
+    for name in ("ties", "abstentions", "undecided"):
+        found.sum(f"pairs/{name}", counts.get(name, 0))
+    found.sum("pairs/made", counts.get("pairs", 0))
+    found.sum("pairs/kept", len(pairs))
+    for reason, count in dropped.items():
+        found.sum(f"pairs/dropped_{reason}", count)
+    found.mean("pairs/margin_mean", (pair.margin for pair in pairs))
+    found.mean("pairs/length_chosen_mean", (len(pair.chosen.token_ids) for pair in pairs))
+    found.mean("pairs/length_rejected_mean", (len(pair.rejected.token_ids) for pair in pairs))
+    return found
 
 
 def update_metrics(results: Sequence[UpdateResult]) -> dict[str, float]:

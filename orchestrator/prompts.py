@@ -212,6 +212,8 @@ class PromptStream:
         self.max_tokens = max_tokens
         self.on_too_long = on_too_long
         self.cursor = cursor
+        self.skip: frozenset[str] = frozenset()
+        """Ids of prompts that are left out."""
 
     def take(self, n: int) -> list[Prompt]:
         """The next n prompts, no two of them the same.
@@ -230,11 +232,11 @@ class PromptStream:
             problem = next(problems)
             cursor += 1
             prompt = self.render(problem)
-            fits = len(prompt.token_ids) + self.max_tokens <= self.max_length
+            fits = prompt.id not in self.skip and len(prompt.token_ids) + self.max_tokens <= self.max_length
             barren = 0 if fits and prompt.id not in taken else barren + 1
             if fits:
                 taken.setdefault(prompt.id, prompt)
-            elif self.on_too_long == "error":
+            elif self.on_too_long == "error" and prompt.id not in self.skip:
                 self._fitting([prompt])
             if barren > self.task.num_train:
                 raise DataError(

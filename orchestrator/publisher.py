@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from orchestrator.errors import LostObjectError
 from orchestrator.remote import fetch
 from orchestrator.types import PolicyVersion
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from orchestrator.accounts import Accounts
     from orchestrator.rollouts import Roles
     from orchestrator.weights import Publication
 
@@ -21,8 +23,9 @@ _KNOB = "cluster.publish_deadline_s"
 class Publisher:
     """Keeps the current publication alive and brings generators up to date."""
 
-    def __init__(self, roles: Roles, deadline_s: float) -> None:
+    def __init__(self, roles: Roles, accounts: Accounts, deadline_s: float) -> None:
         self._roles = roles
+        self._accounts = accounts
         self._deadline_s = deadline_s
         self._current: Publication | None = None
         roles.generators.on_start = self._bring_up_to_date
@@ -34,13 +37,19 @@ class Publisher:
             raise RuntimeError("no weights were published yet")
         return self._current.version
 
-    def publish(self, number: int) -> PolicyVersion:
+    def publish(self, number: int, iteration: int) -> PolicyVersion:
         """Publishes the learner's weights as version `number`; returns once every generator has proved to hold them.
 
         Raises:
             PublicationError: one does not.
             DeadlineError: one did not answer.
         """
+        version = self._roles.learner.surviving(lambda: self._publish(number))
+        self._roles.learner.version = number
+        self._accounts.publish(version, iteration)
+        return version
+
+    def _publish(self, number: int) -> PolicyVersion:
         publication = self._current = self._send(number)
         self._roles.generators.broadcast(
             lambda actor: actor.update_weights.remote(publication, self._deadline_s),
@@ -53,20 +62,37 @@ class Publisher:
     def _send(self, number: int) -> Publication:
         learner, generators = self._roles.learner, self._roles.generators
         publication: Publication = fetch(
-            learner.publish.remote(number, generators.actors, self._deadline_s),
+            learner.actor.publish.remote(number, generators.actors, self._deadline_s),
             what=f"learner: publish weights v{number}",
             deadline_s=self._deadline_s,
             knob=_KNOB,
         )
         return publication
 
-    def _bring_up_to_date(self, actor: Any) -> Any:
-        """A generator that starts after the first publication gets the current one before it answers anything."""
+    def _bring_up_to_date(self, actor: Any) -> None:
+        """A generator that starts after the first publication gets the current one before it answers anything.
+
+        Raises:
+            ActorLostError: it died.
+        """
         if self._current is None:
-            return actor.ready.remote()
-        if not self._current.buckets:  # nothing is kept of weights that were sent by NCCL or IPC: send them again
-            self._current = self._send(self._current.version.number)
-        return actor.update_weights.remote(self._current, self._deadline_s)
+            return
+        try:
+            if not self._current.buckets:
+                raise LostObjectError("nothing is kept of weights that were sent by NCCL or IPC")
+            self._update(actor)
+        except LostObjectError:
+            number = self._current.version.number
+            self._current = self._roles.learner.surviving(lambda: self._send(number))
+            self._update(actor)
+
+    def _update(self, actor: Any) -> None:
+        fetch(
+            actor.update_weights.remote(self._current, self._deadline_s),
+            what="generator: bring up to date",
+            deadline_s=self._deadline_s,
+            knob=_KNOB,
+        )
 
 
 def reference_version(kind: str, decay: float, versions: Sequence[PolicyVersion]) -> PolicyVersion:

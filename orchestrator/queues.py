@@ -215,6 +215,10 @@ class BatchQueue:
         """Batches not yet acknowledged."""
         return int(self._call(self._actor.size.remote(), "size", timeout_s))
 
+    def end(self) -> None:
+        """Ends the actor; what it holds is forgotten."""
+        ray.kill(self._actor)
+
     @staticmethod
     def _call(ref: Any, verb: str, timeout_s: float) -> Any:
         return fetch(ref, what=f"queue: {verb}", deadline_s=timeout_s + _GRACE_S, knob="learner.step_deadline_s")

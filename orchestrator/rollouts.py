@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from conf.schema import Config, GeneratorConfig
+    from orchestrator.learning import Learning
     from orchestrator.pools import ActorPool
-    from orchestrator.queues import BatchQueue
     from orchestrator.tracking import Tracker
     from orchestrator.types import Prompt
 
@@ -30,9 +30,7 @@ class Roles:
     """By kind, of the scorers that need no engine."""
     judges: ActorPool[GenerationRequest, Completion] | None
     """Engines of a judge's own, whose weights never change; None where there is none or the generators serve it."""
-    learner: Any
-    """Handle of the `learners.learner.Learner` actor."""
-    queue: BatchQueue
+    learner: Learning
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from actors.judges.reliability import Reliability
 from orchestrator.prompts import Renderer
-from orchestrator.remote import fetch
+from orchestrator.tally import Tally
 from orchestrator.tasks.base import Problem
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from conf.schema import TaskConfig
+    from orchestrator.learning import Learning
     from orchestrator.pools import ActorPool
     from orchestrator.prompts import PromptTokenizer
     from orchestrator.tasks.base import Message
@@ -61,30 +62,25 @@ class PooledJudge:
             self._reliability.groups(scored)
         return scored
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> Tally:
         """See `Judge.metrics`."""
-        return {} if self._reliability is None else self._reliability.report()
+        return Tally() if self._reliability is None else self._reliability.report()
 
 
 class PreviousPolicy:
     """The policy that the latest iteration began with, as the learner keeps it with `reference=previous`.
 
     Args:
-        learner: handle of the `learners.learner.Learner` actor.
-        deadline_s: seconds for one wave.
+        learner: of the run.
     """
 
-    def __init__(self, learner: Any, *, deadline_s: float) -> None:
+    def __init__(self, learner: Learning) -> None:
         self._learner = learner
-        self._deadline_s = deadline_s
 
     def logprobs(self, sequences: Sequence[tuple[Tokens, Tokens]]) -> list[NDArray[np.float32]] | None:
         """See `EarlierPolicy.logprobs`."""
-        found: list[NDArray[np.float32]] | None = fetch(
-            self._learner.reference_logprobs.remote(sequences),
-            what=f"learner: scoring {len(sequences)} sequences with the policy before",
-            deadline_s=self._deadline_s,
-            knob="judge.deadline_s",
+        found: list[NDArray[np.float32]] | None = self._learner.call(
+            "reference_logprobs", sequences, what=f"scoring {len(sequences)} sequences with the policy before"
         )
         return found
 

@@ -1,10 +1,10 @@
 """Tree search over the generators: many trees and many leaves in flight at once.
 
-    each wave   every tree selects up to `search.in_flight` leaves -> one batch of rollouts -> one batch of judgements
+    each round  every tree selects up to `search.in_flight` leaves -> one batch of rollouts -> one batch of judgements
                 -> every tree grows
 
 A rollout goes on from the tokens of its leaf, whose keys and values the engine's prefix cache still holds, to the end
-of the solution. A wave has as many requests as trees times leaves in flight, and fewer when trees are done.
+of the solution. A round has as many requests as trees times leaves in flight, and fewer when trees are done.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from actors.search.steps import split_steps
 from actors.search.tree import Node, Tree
 from orchestrator.collecting import Collected
 from orchestrator.prompt_search import PromptSearch
+from orchestrator.tally import Tally
 from orchestrator.types import (
     Completion,
     FinishReason,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from orchestrator.rollouts import Rollouts
     from orchestrator.store import Store
     from orchestrator.types import PolicyVersion
+    from orchestrator.waves import Wave
 
 
 class TreeCollector:
@@ -69,16 +71,19 @@ class TreeCollector:
         self._evaluator = evaluator
         self._ends = step_ends(tokenizer, config.search.separator)
 
-    def collect(self, prompts: Sequence[Prompt], iteration: int, reference: PolicyVersion) -> Collected:
+    def collect(self, wave: Wave) -> Collected:
         """See `Collector.collect`."""
-        searches = [PromptSearch(prompt, iteration, self._config) for prompt in prompts]
-        waves = 0
-        while wave := [leaf for search in searches for leaf in search.select()]:
-            waves += 1
-            self._simulate(wave, f"search, iteration {iteration}, wave {waves}")
+        searches = [PromptSearch(prompt, wave.iteration, self._config) for prompt in wave.prompts]
+        rounds = 0
+        while leaves := [leaf for search in searches for leaf in search.select()]:
+            rounds += 1
+            self._simulate(leaves, f"search, iteration {wave.iteration}, round {rounds}")
         scored = [search.scored() for search in searches if search.completions]
-        self._store.write_rollouts(iteration, scored)
-        self._store.write_trees(iteration, [(search.prompt, search.tree) for search in searches], self._text)
+        trees = [(search.prompt, search.tree) for search in searches]
+        files = [
+            self._store.write_rollouts(wave.iteration, wave.number, scored),
+            self._store.write_trees(wave.iteration, wave.number, trees, self._text),
+        ]
         pairs: list[PreferencePair] = []
         counts: Counter[str] = Counter()
         counts["abstentions"] = sum(score.value is None for search in searches for score in search.scores)
@@ -86,26 +91,26 @@ class TreeCollector:
         for search in good:
             found, ties = step_pairs(search.tree, self._config.search, search.seed)
             counts["ties"] += ties
-            pairs += [self._pair(search, pair, reference) for pair in found]
+            pairs += [self._pair(search, pair, wave.reference) for pair in found]
         counts["pairs"] = len(pairs)
         return Collected(
             scored=scored,
             pairs=pairs,
             counts=counts,
             tokens=sum(search.tree.tokens for search in searches),
-            metrics=_metrics([search.tree for search in searches], pairs, waves)
-            | {"search/poor_trees": float(len(searches) - len(good))}
-            | (self._evaluator.metrics() if self._evaluator else {}),
+            tally=_figures([search.tree for search in searches], pairs, rounds, len(searches) - len(good))
+            + (self._evaluator.metrics() if self._evaluator else Tally()),
+            files=files,
         )
 
-    def _simulate(self, wave: list[tuple[PromptSearch, Node]], what: str) -> None:
-        requests = [search.request(node, index) for index, (search, node) in enumerate(wave)]
+    def _simulate(self, leaves: list[tuple[PromptSearch, Node]], what: str) -> None:
+        requests = [search.request(node, index) for index, (search, node) in enumerate(leaves)]
         answers = self._rollouts.complete(requests, what)
         whole = [
-            self._solution(search.tree, node, answer) for (search, node), answer in zip(wave, answers, strict=True)
+            self._solution(search.tree, node, answer) for (search, node), answer in zip(leaves, answers, strict=True)
         ]
         by_search: dict[PromptSearch, list[int]] = {}
-        for index, (search, _) in enumerate(wave):
+        for index, (search, _) in enumerate(leaves):
             by_search.setdefault(search, []).append(index)
         groups = [
             RolloutGroup(
@@ -125,12 +130,12 @@ class TreeCollector:
             for index, answer in enumerate(answers)
             if answer.token_ids and answer.finish_reason is not FinishReason.ABORTED and scores[index].value is not None
         }
-        values = self._evaluate(wave, steps)
-        for index, (search, node) in enumerate(wave):
+        values = self._evaluate(leaves, steps)
+        for index, (search, node) in enumerate(leaves):
             search.take(node, answers[index], whole[index], scores[index], steps.get(index, []), values.get(index))
 
     def _evaluate(
-        self, wave: list[tuple[PromptSearch, Node]], steps: Mapping[int, list[Step]]
+        self, leaves: list[tuple[PromptSearch, Node]], steps: Mapping[int, list[Step]]
     ) -> dict[int, list[float]]:
         """Of each rollout, w P(right) of the states that its steps lead to; none where the judge was silent on one.
 
@@ -148,10 +153,10 @@ class TreeCollector:
             ]
             states = []
             for index, place in places:
-                search, node = wave[index]
+                search, node = leaves[index]
                 states.append((search.prompt, self._text(search.tokens_after(node, steps[index][: place + 1]))))
             for (index, place), right in zip(places, self._evaluator.evaluate(states), strict=True):
-                penalty = depth_penalty(wave[index][1].depth + place) if config.depth_penalty else 1
+                penalty = depth_penalty(leaves[index][1].depth + place) if config.depth_penalty else 1
                 values[index][place] = None if right is None else config.evaluation_weight * right / penalty
         return {
             index: known
@@ -219,16 +224,15 @@ def step_ends(tokenizer: PromptTokenizer, separator: str) -> frozenset[int]:
     return frozenset(token for token in range(len(tokenizer)) if separator in tokenizer.decode([token]))
 
 
-def _metrics(trees: Sequence[Tree], pairs: Sequence[PreferencePair], waves: int) -> dict[str, float]:
-    nodes = sum(len(tree.nodes) - 1 for tree in trees)
-    branched = sum(len(node.children) > 1 for tree in trees for node in tree.walk())
-    found = {
-        "waves": waves,
-        "nodes_mean": nodes / len(trees),
-        "branched_states_mean": branched / len(trees),
-        "depth_max": max(node.depth for tree in trees for node in tree.walk()),
-        "simulations_mean": sum(tree.simulations for tree in trees) / len(trees),
-        "tokens_mean": sum(tree.tokens for tree in trees) / len(trees),
-        "label_mean": sum(pair.label for pair in pairs) / len(pairs) if pairs else 0.0,
-    }
-    return {f"search/{name}": float(value) for name, value in found.items()}
+def _figures(trees: Sequence[Tree], pairs: Sequence[PreferencePair], rounds: int, poor: int) -> Tally:
+    found = Tally()
+    found.sum("search/waves", rounds)
+    found.mean("search/nodes_mean", (len(tree.nodes) - 1 for tree in trees))
+    branched = (sum(len(node.children) > 1 for node in tree.walk()) for tree in trees)
+    found.mean("search/branched_states_mean", branched)
+    found.max("search/depth_max", max(node.depth for tree in trees for node in tree.walk()))
+    found.mean("search/simulations_mean", (tree.simulations for tree in trees))
+    found.mean("search/tokens_mean", (tree.tokens for tree in trees))
+    found.mean("search/label_mean", (pair.label for pair in pairs))
+    found.sum("search/poor_trees", poor)
+    return found

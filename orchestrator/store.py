@@ -1,11 +1,14 @@
 """What a run leaves behind as Parquet: every rollout before any filter, and every pair that was trained on.
 
-    <run>/rollouts/iteration-0001.parquet    one row a completion, groups in order, with scores and abstentions
-    <run>/pairs/iteration-0001.parquet       one row a pair, in the order in which they were made
-    <run>/trees/iteration-0001.parquet       one row a node of each searched tree, parents before children
+    <run>/samples/iteration-0001-wave-0000.parquet     one row a completion that waits for its score, and only so long
+    <run>/rollouts/iteration-0001-wave-0000.parquet    one row a completion, groups in order, with its score
+    <run>/pairs/iteration-0001-wave-0000.parquet       one row a pair, in the order in which they were made
+    <run>/trees/iteration-0001-wave-0000.parquet       one row a node of each searched tree, parents before children
+    <run>/evaluations/iteration-0001-greedy.parquet    one row an answer to a held-out prompt; -sampled too
+    <run>/skipped/iteration-0001-batch-0007.parquet    one row a pair of a batch that left the weights as they were
 
-A file is whole or absent, and the same records give the same bytes. Every column says what it holds and in which unit
-in its field metadata (`pyarrow.parquet.read_schema(path).field(name).metadata`).
+Files are added and never changed. One is whole or absent, and the same records give the same bytes. Every column says
+what it holds and in which unit in its field metadata (`pyarrow.parquet.read_schema(path).field(name).metadata`).
 """
 
 from __future__ import annotations
@@ -67,14 +70,18 @@ def _completion(prefix: str, whose: str) -> list[Any]:
     ]
 
 
+_SAMPLE = [
+    _column("group", pa.int32(), "rows of one prompt's group share it; counts from 0 in this file", "index"),
+    _column("iteration", pa.int32(), "1 for the first; 0 is evaluation before any update", "index"),
+    _column("seed", pa.int64(), "seed of the group"),
+    *_PROMPT,
+    *_completion("", "the completion"),
+]
+SAMPLES = _schema("sample", _SAMPLE)
 ROLLOUTS = _schema(
     "rollout",
     [
-        _column("group", pa.int32(), "rows of one prompt's group share it; counts from 0 in this file", "index"),
-        _column("iteration", pa.int32(), "1 for the first; 0 is evaluation before any update", "index"),
-        _column("seed", pa.int64(), "seed of the group"),
-        *_PROMPT,
-        *_completion("", "the completion"),
+        *_SAMPLE,
         _column("score", pa.float64(), "higher is better; null is an abstention", "scorer's own", nullable=True),
         _column("score_reason", pa.string(), "why the scorer abstained; empty when it did not"),
         _column("scorer", pa.string(), "name and version of the scorer"),
@@ -131,33 +138,62 @@ class Store:
 
     run_dir: Path
 
-    def rollouts_path(self, iteration: int) -> Path:
-        """Where the rollouts of an iteration are."""
-        return self.run_dir / "rollouts" / f"iteration-{iteration:04d}.parquet"
+    def path(self, kind: str, iteration: int, wave: int) -> Path:
+        """Where the records of a wave are; `kind` is samples, rollouts, pairs or trees."""
+        return self.run_dir / kind / f"iteration-{iteration:04d}-wave-{wave:04d}.parquet"
 
-    def pairs_path(self, iteration: int) -> Path:
-        """Where the pairs of an iteration are."""
-        return self.run_dir / "pairs" / f"iteration-{iteration:04d}.parquet"
+    def write_samples(self, iteration: int, wave: int, groups: Sequence[RolloutGroup]) -> Path:
+        """Writes groups that nobody scored yet; a file of an earlier attempt at the wave is replaced.
 
-    def write_rollouts(self, iteration: int, groups: Sequence[ScoredGroup]) -> Path:
-        """Writes scored groups as they came; a file of an earlier attempt at the iteration is replaced.
+        Raises:
+            ValueError: a group has no completion.
+        """
+        rows = [row for index, group in enumerate(groups) for row in _sample_rows(index, group)]
+        return _write(self.path("samples", iteration, wave), rows, SAMPLES)
+
+    def write_rollouts(self, iteration: int, wave: int, groups: Sequence[ScoredGroup]) -> Path:
+        """Writes scored groups as they came; a file of an earlier attempt at the wave is replaced.
 
         Raises:
             ValueError: a group has no completion, or not one score for each.
         """
         rows = [row for index, group in enumerate(groups) for row in _rollout_rows(index, group)]
-        return _write(self.rollouts_path(iteration), rows, ROLLOUTS)
+        return _write(self.path("rollouts", iteration, wave), rows, ROLLOUTS)
 
-    def write_pairs(self, iteration: int, pairs: Sequence[PreferencePair]) -> Path:
-        """Writes the pairs that are trained on; a file of an earlier attempt at the iteration is replaced."""
-        return _write(self.pairs_path(iteration), [_pair_row(pair) for pair in pairs], PAIRS)
+    def write_pairs(self, iteration: int, wave: int, pairs: Sequence[PreferencePair]) -> Path:
+        """Writes the pairs that are trained on; a file of an earlier attempt at the wave is replaced."""
+        return _write(self.path("pairs", iteration, wave), [_pair_row(pair) for pair in pairs], PAIRS)
+
+    def evaluation_path(self, iteration: int, kind: str) -> Path:
+        """Where the answers to held-out prompts are; `kind` is greedy or sampled."""
+        return self.run_dir / "evaluations" / f"iteration-{iteration:04d}-{kind}.parquet"
+
+    def write_evaluation(self, iteration: int, kind: str, answers: Sequence[ScoredGroup]) -> Path:
+        """Writes scored answers to held-out prompts; a file of an earlier attempt at them is replaced."""
+        rows = [row for index, group in enumerate(answers) for row in _rollout_rows(index, group)]
+        return _write(self.evaluation_path(iteration, kind), rows, ROLLOUTS)
+
+    def write_skipped(self, iteration: int, batch: int, pairs: Sequence[PreferencePair]) -> Path:
+        """Writes the pairs of a batch that left the weights as they were, to be looked at."""
+        path = self.run_dir / "skipped" / f"iteration-{iteration:04d}-batch-{batch:04d}.parquet"
+        return _write(path, [_pair_row(pair) for pair in pairs], PAIRS)
 
     def write_trees(
-        self, iteration: int, trees: Sequence[tuple[Prompt, Tree]], decode: Callable[[Sequence[int]], str]
+        self, iteration: int, wave: int, trees: Sequence[tuple[Prompt, Tree]], decode: Callable[[Sequence[int]], str]
     ) -> Path:
         """Writes searched trees, to be looked at later; `decode` gives the text of token ids."""
         rows = [_node_row(prompt, node, decode) for prompt, tree in trees for node in tree.nodes]
-        return _write(self.run_dir / "trees" / f"iteration-{iteration:04d}.parquet", rows, TREES)
+        return _write(self.path("trees", iteration, wave), rows, TREES)
+
+
+def read_samples(path: Path) -> list[RolloutGroup]:
+    """Groups in the order in which they were written.
+
+    Raises:
+        DataError: the file is no sample file of this version, or it is damaged.
+    """
+    rows = _read(path, SAMPLES)
+    return [_group(list(group)) for _, group in groupby(rows, key=lambda row: row["group"])]
 
 
 def read_rollouts(path: Path) -> list[ScoredGroup]:
@@ -199,27 +235,25 @@ def _read(path: Path, schema: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def _rollout_rows(index: int, scored: ScoredGroup) -> list[dict[str, Any]]:
-    group = scored.group
+def _sample_rows(index: int, group: RolloutGroup) -> list[dict[str, Any]]:
     if not group.completions:
         raise ValueError(f"the group of prompt {group.prompt.id!r} has no completion")
-    shared = {
-        "group": index,
-        "iteration": group.iteration,
-        "seed": group.seed,
-        "scorer": scored.scorer,
-        **_prompt_row(group.prompt),
-    }
-    preferences = scored.preferences or (None,) * len(group.completions)
+    shared = {"group": index, "iteration": group.iteration, "seed": group.seed, **_prompt_row(group.prompt)}
+    return [{**shared, **_completion_row("", completion)} for completion in group.completions]
+
+
+def _rollout_rows(index: int, scored: ScoredGroup) -> list[dict[str, Any]]:
+    samples = _sample_rows(index, scored.group)
+    preferences = scored.preferences or (None,) * len(samples)
     return [
         {
-            **shared,
-            **_completion_row("", completion),
+            **sample,
+            "scorer": scored.scorer,
             "score": score.value,
             "score_reason": score.reason,
             "preferences": row,
         }
-        for completion, score, row in zip(group.completions, scored.scores, preferences, strict=True)
+        for sample, score, row in zip(samples, scored.scores, preferences, strict=True)
     ]
 
 
@@ -273,17 +307,21 @@ def _completion_row(prefix: str, completion: Completion) -> dict[str, Any]:
     return {prefix + name: value for name, value in row.items()}
 
 
-def _scored_group(rows: list[dict[str, Any]]) -> ScoredGroup:
+def _group(rows: list[dict[str, Any]]) -> RolloutGroup:
     first = rows[0]
-    group = RolloutGroup(
+    return RolloutGroup(
         prompt=_prompt(first),
         completions=tuple(_read_completion("", row) for row in rows),
         iteration=first["iteration"],
         seed=first["seed"],
     )
+
+
+def _scored_group(rows: list[dict[str, Any]]) -> ScoredGroup:
+    first = rows[0]
     scores = tuple(Score(value=row["score"], reason=row["score_reason"]) for row in rows)
     preferences = None if first["preferences"] is None else tuple(tuple(row["preferences"]) for row in rows)
-    return ScoredGroup(group=group, scores=scores, scorer=first["scorer"], preferences=preferences)
+    return ScoredGroup(group=_group(rows), scores=scores, scorer=first["scorer"], preferences=preferences)
 
 
 def _pair(row: dict[str, Any]) -> PreferencePair:

@@ -39,7 +39,7 @@ def build_summary(ledger: LedgerReader, *, seconds: Mapping[str, float] | None =
     run, finished, phases = ledger.run(), ledger.finished(), ledger.phases()
     spent, tokens = defaultdict[str, float](float, seconds or {}), defaultdict[str, int](int)
     for phase in phases:
-        spent[phase.phase] += phase.seconds
+        spent[phase.phase] += phase.seconds or 0.0
         tokens[phase.phase] += phase.tokens
     last = finished[-1] if finished else None
     evaluated = [iteration for iteration in finished if iteration.iteration > 0 and _accuracy(iteration)["greedy"]]

@@ -15,14 +15,20 @@ from conf.compose import compose
 from conf.schema import JudgeConfig
 from launch.judges import Judges
 from launch.tiny import make_tokenizer
+from orchestrator.accounts import Accounts
+from orchestrator.archive import Archive
 from orchestrator.collecting import SampleCollector
 from orchestrator.errors import JudgeError
 from orchestrator.evaluation import anchor_figures
+from orchestrator.events import ignore
+from orchestrator.ledger import Ledger
 from orchestrator.rollouts import Draw, Roles, Rollouts, sampling_of
 from orchestrator.searching import TreeCollector, depth_penalty
 from orchestrator.store import Store, read_pairs, read_rollouts
+from orchestrator.tally import Tally
 from orchestrator.tasks.addition import AdditionTask
 from orchestrator.types import Completion, FinishReason, Prompt, Score, ScoredGroup
+from orchestrator.waves import Wave
 from tests.judges import ScriptedModel
 from tests.records import V0, V1
 
@@ -113,13 +119,23 @@ class Checking:
         return tuple(found)
 
     def metrics(self):
-        return {}
+        return Tally()
 
 
 def rollouts_of(config, **methods):
     pool = Pool(generated=lambda: (0, 0), **methods)
-    roles = Roles(generators=pool, scorers={}, judges=None, learner=None, queue=None)
+    roles = Roles(generators=pool, scorers={}, judges=None, learner=None)
     return Rollouts(roles, config, Quiet()), roles
+
+
+def wave_of(prompts):
+    return Wave(iteration=1, number=0, prompts=prompts, policy=V0, reference=V0)
+
+
+def by_samples(folder, config, rollouts, judge, prompts):
+    with Ledger(folder) as ledger:
+        archive = Archive(folder, Accounts(ledger), ignore)
+        return SampleCollector(config, rollouts, judge, Store(folder), archive, ledger).collect(wave_of(prompts))
 
 
 @pytest.fixture(autouse=True)
@@ -147,11 +163,11 @@ def test_a_judge_of_which_a_third_is_garbage_trains_on_no_invented_label(tmp_pat
     rollouts, _ = rollouts_of(config, generate=adding())
     settings = JudgeConfig(votes=2, max_tokens=64)
     judge = build_llm_judge(settings, script(0.3), seed=0)
-    collected = SampleCollector(config, rollouts, judge, Store(tmp_path)).collect(problems(40), 1, V0)
+    collected = by_samples(tmp_path, config, rollouts, judge, problems(40))
     failed = judge.metrics()["judge/parse_failure_fraction"]
     assert 0.2 < failed < 0.4
     known = {}
-    for group in read_rollouts(tmp_path / "rollouts" / "iteration-0001.parquet"):
+    for group in read_rollouts(tmp_path / "rollouts" / "iteration-0001-wave-0000.parquet"):
         for index, (completion, score) in enumerate(zip(group.group.completions, group.scores, strict=True)):
             # Both votes of one completion say the same, so that whatever was understood is exactly this.
             assert score.value in (None, len(set(completion.text)) % 6)
@@ -168,7 +184,7 @@ def test_a_judge_that_never_answers_stops_the_run_with_the_reason(tmp_path):
     rollouts, _ = rollouts_of(config, generate=adding())
     judge = build_llm_judge(JudgeConfig(votes=1, max_failed_fraction=0.9), script(1.0), seed=0)
     with pytest.raises(JudgeError, match=r"gave no verdict in 32 of 32 .*max_failed_fraction=0\.9.*Mend the rubric"):
-        SampleCollector(config, rollouts, judge, Store(tmp_path)).collect(problems(8), 1, V0)
+        by_samples(tmp_path, config, rollouts, judge, problems(8))
     assert not (tmp_path / "rollouts").exists()
 
 
@@ -199,7 +215,7 @@ def test_self_rewarding_trains_without_any_verifier(tmp_path):
         )  # fmt: skip
         judge = judges.judge()
         prompts = [replace(prompt, answer=answer if answer != "" else None) for prompt in problems(20, answer or None)]
-        collected = SampleCollector(config, rollouts, judge, Store(tmp_path / name)).collect(prompts, 1, V0)
+        collected = by_samples(tmp_path / name, config, rollouts, judge, prompts)
         assert verifier.asked == []
         assert collected.pairs
         made.append([(pair.id, pair.chosen, pair.rejected, pair.chosen_score) for pair in collected.pairs])
@@ -233,7 +249,7 @@ def test_a_judge_is_measured_where_the_truth_is_known():
 
         def metrics(self):
             seen.append("metrics")
-            return {}
+            return Tally()
 
     class Verifying(Checking):
         def scores(self, group):
@@ -262,14 +278,16 @@ class Evaluating:
         return [None if text.endswith(tuple(self.silent)) else len(text) / 100 for _, text in states]
 
     def metrics(self):
-        return {"search/evaluation_parse_failure_fraction": 0.0}
+        found = Tally()
+        found.mean("search/evaluation_parse_failure_fraction", [0.0])
+        return found
 
 
 def search(tmp_path, judge, *overrides, count=6, evaluator=None):
     config = compose(["recipe=mcts_dpo", "search.states=tree", "search.min_gap=0", *overrides])
     rollouts, roles = rollouts_of(config, generate=adding())
     collector = TreeCollector(config, rollouts, judge, Store(tmp_path), TOKENIZER, evaluator)
-    return config, roles.generators, collector.collect(problems(count), 1, V0)
+    return config, roles.generators, collector.collect(wave_of(problems(count)))
 
 
 def test_trees_become_pairs_of_steps_from_one_state(tmp_path):
@@ -290,9 +308,9 @@ def test_trees_become_pairs_of_steps_from_one_state(tmp_path):
             assert side.finish_reason == (FinishReason.EOS if ended else FinishReason.STOP)
         assert pair.chosen_score > pair.rejected_score
         assert 0.5 <= pair.label < 1
-    assert read_pairs(Store(tmp_path).write_pairs(1, collected.pairs)) == collected.pairs
+    assert read_pairs(Store(tmp_path).write_pairs(1, 0, collected.pairs)) == collected.pairs
     assert collected.tokens == sum(len(TOKENIZER.encode(adding()([request])[0].text)) for request in pool.asked)
-    assert collected.metrics["search/waves"] == len(judge.waves)
+    assert collected.tally["search/waves"] == len(judge.waves)
     assert judge.waves[0] == 6 * 2, "breadth at the root"
     assert max(judge.waves) <= 6 * 4
     assert (
@@ -302,12 +320,12 @@ def test_trees_become_pairs_of_steps_from_one_state(tmp_path):
 
 def test_every_rollout_and_every_node_is_kept(tmp_path):
     _, _, collected = search(tmp_path, Checking(), "search.simulations=12")
-    assert read_rollouts(tmp_path / "rollouts" / "iteration-0001.parquet") == collected.scored
+    assert read_rollouts(tmp_path / "rollouts" / "iteration-0001-wave-0000.parquet") == collected.scored
     for group in collected.scored:
         for completion, score in zip(group.group.completions, group.scores, strict=True):
             right = completion.text.endswith(f"#{group.group.prompt.answer}")
             assert score.value == right, "the judge saw the whole solution"
-    rows = pq.read_table(tmp_path / "trees" / "iteration-0001.parquet").to_pylist()
+    rows = pq.read_table(tmp_path / "trees" / "iteration-0001-wave-0000.parquet").to_pylist()
     assert len({row["prompt_id"] for row in rows}) == 6
     for row in rows:
         assert row["text"] == TOKENIZER.decode(row["token_ids"], skip_special_tokens=True)
@@ -317,7 +335,7 @@ def test_every_rollout_and_every_node_is_kept(tmp_path):
 
 def test_a_rollout_without_a_score_leaves_no_node(tmp_path):
     _, _, collected = search(tmp_path, Checking(silent=0.4), "search.simulations=12")
-    rows = pq.read_table(tmp_path / "trees" / "iteration-0001.parquet").to_pylist()
+    rows = pq.read_table(tmp_path / "trees" / "iteration-0001-wave-0000.parquet").to_pylist()
     scored = {
         c.text
         for g in collected.scored
@@ -340,19 +358,19 @@ def test_the_same_seed_searches_the_same_trees(tmp_path):
     _, _, second = search(tmp_path / "b", Checking())
     assert first.pairs == second.pairs
     for folder in ("rollouts", "trees"):
-        name = f"{folder}/iteration-0001.parquet"
+        name = f"{folder}/iteration-0001-wave-0000.parquet"
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_a_token_budget_ends_a_search(tmp_path):
     _, _, collected = search(tmp_path, Checking(), "search.simulations=1000", "search.max_tokens=200")
     # What was out when the budget ended: at most 4 rollouts of at most 43 tokens.
-    assert 200 <= collected.metrics["search/tokens_mean"] < 200 + 4 * 43
+    assert 200 <= collected.tally["search/tokens_mean"] < 200 + 4 * 43
 
 
 def nodes_of(tmp_path):
     """Rows of the trees with their solution so far."""
-    rows = pq.read_table(tmp_path / "trees" / "iteration-0001.parquet").to_pylist()
+    rows = pq.read_table(tmp_path / "trees" / "iteration-0001-wave-0000.parquet").to_pylist()
     by_place = {(row["prompt_id"], row["node"]): row for row in rows}
     for row in rows:
         above = by_place[row["prompt_id"], row["parent"]]["solution"] if row["parent"] is not None else ""
@@ -375,7 +393,7 @@ def test_the_value_of_a_solution_is_its_score_and_what_its_last_step_is_worth(tm
             expected = scores[row["prompt_id"], row["solution"]] + 0.5 * len(row["solution"]) / 100
         assert row["value"] == pytest.approx(expected)
     assert set(evaluator.asked) == {row["solution"] for row in rows if row["terminal"]}, "what lies between cancels out"
-    assert "search/evaluation_parse_failure_fraction" in collected.metrics
+    assert "search/evaluation_parse_failure_fraction" in collected.tally
 
 
 def test_every_state_is_evaluated_where_the_future_is_discounted(tmp_path):
@@ -406,7 +424,7 @@ def test_trees_whose_own_solution_is_wrong_can_be_left_out(tmp_path):
     _, _, good = search(
         tmp_path / "b", Checking(), "search.max_pairs=99", "search.simulations=4", "search.min_score=0.8"
     )
-    left_out = good.metrics["search/poor_trees"]
+    left_out = good.tally["search/poor_trees"]
     assert 0 < left_out < 6
     kept = {pair.prompt.id.split("#")[0] for pair in good.pairs}
     assert len(kept) <= 6 - left_out

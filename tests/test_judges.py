@@ -25,6 +25,7 @@ from actors.judges.reliability import (
 from conf.schema import JudgeConfig, ScorerConfig
 from orchestrator.errors import ConfigError, JudgeError
 from orchestrator.scoring import PooledJudge
+from orchestrator.tally import Tally
 from orchestrator.types import FinishReason, Score, ScoredGroup
 from tests.judges import ScriptedModel, group_of
 
@@ -48,7 +49,9 @@ class Fixed:
         return [replace(scored, group=group) for scored, group in zip(self.scored, groups, strict=True)]
 
     def metrics(self):
-        return {"judge/tie_fraction": 0.25}
+        found = Tally()
+        found.mean("judge/tie_fraction", [0.25])
+        return found
 
 
 # -- tables of comparisons --
@@ -277,8 +280,8 @@ def test_the_best_win_rate_with_and_without_the_draw_with_itself():
         scores_of(group_of("a"), None, preferences=((0.5,),)),
     ]
     found = group_figures(judged)
-    assert found["best_win_rate_without_self"] == pytest.approx((0.9 + 0.8) / 2)
-    assert found["best_win_rate"] == pytest.approx(((0.9 + 0.5) / 2 + (0.7 + 0.9 + 0.5) / 3) / 2)
+    assert found["judge/best_win_rate_without_self"] == pytest.approx((0.9 + 0.8) / 2)
+    assert found["judge/best_win_rate"] == pytest.approx(((0.9 + 0.5) / 2 + (0.7 + 0.9 + 0.5) / 3) / 2)
     assert "best_win_rate" not in group_figures([scores_of(group_of("a", "b"), 1, 0)])
 
 
@@ -359,7 +362,7 @@ def test_every_figure_is_documented():
     judge = build_llm_judge(JudgeConfig(style="pairwise"), model, seed=0)
     ensemble = Ensemble({"llm_judge": judge, "majority": build_majority(ScorerConfig(verifier="exact"))}, 0.5)
     (scored,) = judge.score([group])
-    made = judge.metrics() | truth_figures([scored], [scores_of(group, 3, 2, 1)])
+    made = dict(judge.metrics()) | truth_figures([scored], [scores_of(group, 3, 2, 1)])
     assert len(made) >= 10
     assert made.keys() <= named
     ensemble.score([group])

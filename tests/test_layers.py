@@ -19,7 +19,7 @@ LAYERS = [
         [
             *("conf*", "orchestrator.tasks*", "orchestrator.prompts", "orchestrator.pairing", "orchestrator.filters"),
             *("orchestrator.batching", "orchestrator.metrics", "orchestrator.files", "orchestrator.judging"),
-            *("actors.judges*", "actors.search*", "actors.engine"),
+            *("orchestrator.tally", "actors.judges*", "actors.search*", "actors.engine"),
             *("learners.preference*", "learners.loading", "learners.schedule"),
         ],
     ),
@@ -28,6 +28,7 @@ LAYERS = [
         [
             *("orchestrator.remote", "orchestrator.queues", "orchestrator.pools", "orchestrator.weights"),
             *("orchestrator.store", "orchestrator.ledger", "orchestrator.tracking", "orchestrator.summary"),
+            *("orchestrator.accounts", "orchestrator.archive", "orchestrator.events"),
         ],
     ),
     ("roles", ["actors*", "learners*"]),

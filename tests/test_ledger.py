@@ -45,13 +45,15 @@ def test_an_iteration_is_promoted_once(ledger):
 
 def test_phases(ledger):
     ledger.start_phase(1, "collect")
-    ledger.finish_phase(1, "collect", tokens=40)
+    ledger.finish_phase(1, "collect", seconds=2.5, tokens=40, metrics={"x": 1.5})
     ledger.start_phase(1, "train")
     collect, train = ledger.phases()
-    assert (collect.phase, collect.tokens, collect.seconds >= 0) == ("collect", 40, True)
-    assert (train.finished, train.seconds) == (None, 0.0)
+    assert (collect.phase, collect.tokens, collect.seconds, collect.metrics) == ("collect", 40, 2.5, {"x": 1.5})
+    assert train.seconds is None
+    assert ledger.finished_phase(1, "collect") == collect
+    assert ledger.finished_phase(1, "train") is None
     ledger.start_phase(1, "collect")
-    assert [(p.phase, p.tokens, p.finished) for p in ledger.phases()] == [("train", 0, None), ("collect", 0, None)]
+    assert [(p.phase, p.tokens, p.seconds) for p in ledger.phases()] == [("train", 0, None), ("collect", 0, None)]
 
 
 def test_another_process_reads_while_the_run_goes_on(ledger, tmp_path):
@@ -68,7 +70,7 @@ def test_another_process_reads_while_the_run_goes_on(ledger, tmp_path):
 
 def test_readers_cannot_write(ledger, tmp_path):
     with LedgerReader(tmp_path) as reader, pytest.raises(sqlite3.OperationalError, match="readonly"):
-        reader._db.execute("DELETE FROM run")
+        reader.db.execute("DELETE FROM run")
 
 
 def test_what_was_finished_survives_a_kill(tmp_path):
@@ -113,5 +115,5 @@ def test_another_schema_is_refused(tmp_path):
     Ledger(tmp_path).close()
     with sqlite3.connect(tmp_path / "ledger.sqlite") as db:
         db.execute("UPDATE schema SET version = 99")
-    with pytest.raises(DataError, match="schema version 99, expected 1"):
+    with pytest.raises(DataError, match="schema version 99, expected 2"):
         Ledger(tmp_path)

@@ -135,6 +135,6 @@ def test_every_metric_made_here_is_documented():
     named = set(re.findall(r"`([a-z_]+/[a-z_<>]+)`", documented))
     groups = [scored(1.0, 0.0)]
     result = UpdateResult(step=1, batch=0, pair_ids=("a",), tokens=1, metrics={})
-    made = rollout_metrics(groups) | update_metrics([result])
+    made = update_metrics([result]) | dict(rollout_metrics(groups))
     made |= pair_metrics([pair(completion(1), completion(2))], Counter(), Counter())
     assert made.keys() <= named

@@ -31,7 +31,7 @@ def ledger(tmp_path):
         made.finish_iteration(0, version=V0, cursor=0, checkpoint=None, metrics=evaluated(0.5, 0.25))
         for iteration, accuracy in ((1, evaluated(0.625, 0.375)), (2, evaluated(0.75, 0.5)), (3, {})):
             made.start_phase(iteration, "collect")
-            made.finish_phase(iteration, "collect", tokens=1000)
+            made.finish_phase(iteration, "collect", seconds=1.0, tokens=1000)
             metrics = {"pairs/kept": 30.0} | accuracy
             checkpoint = f"checkpoints/iteration-{iteration:04d}"
             made.finish_iteration(iteration, version=V1, cursor=8, checkpoint=checkpoint, metrics=metrics)

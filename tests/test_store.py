@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import DataError
 from orchestrator.files import atomic_file
-from orchestrator.store import PAIRS, ROLLOUTS, Store, read_pairs, read_rollouts
+from orchestrator.store import PAIRS, ROLLOUTS, SAMPLES, Store, read_pairs, read_rollouts, read_samples
 from tests.records import any_pair, any_scored_group, completion, pair, scored
 
 disk = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -17,37 +17,45 @@ disk = settings(max_examples=40, deadline=None, suppress_health_check=[HealthChe
 @disk
 @given(st.lists(any_scored_group(), max_size=4))
 def test_rollouts_come_back(tmp_path, groups):
-    assert read_rollouts(Store(tmp_path).write_rollouts(3, groups)) == groups
+    assert read_rollouts(Store(tmp_path).write_rollouts(3, 0, groups)) == groups
+
+
+@disk
+@given(st.lists(any_scored_group(), max_size=4))
+def test_samples_come_back(tmp_path, groups):
+    samples = [scored.group for scored in groups]
+    assert read_samples(Store(tmp_path).write_samples(3, 1, samples)) == samples
 
 
 @disk
 @given(st.lists(any_pair, max_size=4))
 def test_pairs_come_back(tmp_path, pairs):
-    assert read_pairs(Store(tmp_path).write_pairs(3, pairs)) == pairs
+    assert read_pairs(Store(tmp_path).write_pairs(3, 0, pairs)) == pairs
 
 
 def test_two_equal_groups_stay_two(tmp_path):
     groups = [scored(1.0, None), scored(1.0, None)]
-    assert read_rollouts(Store(tmp_path).write_rollouts(1, groups)) == groups
+    assert read_rollouts(Store(tmp_path).write_rollouts(1, 0, groups)) == groups
 
 
 def test_abstentions_are_written_before_any_filter(tmp_path):
-    path = Store(tmp_path).write_rollouts(1, [scored(None, 0.0)])
-    assert path == tmp_path / "rollouts" / "iteration-0001.parquet"
+    path = Store(tmp_path).write_rollouts(1, 0, [scored(None, 0.0)])
+    assert path == tmp_path / "rollouts" / "iteration-0001-wave-0000.parquet"
     rows = pq.read_table(path).to_pylist()
     assert [(row["score"], row["score_reason"]) for row in rows] == [(None, "no answer found"), (0.0, "")]
 
 
 def test_the_same_records_give_the_same_bytes(tmp_path):
     groups = [scored(*(k / 7 for k in range(8)), seed=seed) for seed in range(20)]
-    first, second = (Store(tmp_path / name).write_rollouts(1, groups) for name in ("a", "b"))
+    first, second = (Store(tmp_path / name).write_rollouts(1, 0, groups) for name in ("a", "b"))
     assert first.read_bytes() == second.read_bytes()
 
 
-@pytest.mark.parametrize("schema", [ROLLOUTS, PAIRS])
+@pytest.mark.parametrize("schema", [SAMPLES, ROLLOUTS, PAIRS])
 def test_every_column_is_documented_in_the_file(tmp_path, schema):
     store = Store(tmp_path)
-    path = store.write_pairs(1, []) if schema is PAIRS else store.write_rollouts(1, [])
+    write = {"sample": store.write_samples, "rollout": store.write_rollouts, "pair": store.write_pairs}
+    path = write[schema.metadata[b"agon.record"].decode()](1, 0, [])
     written = pq.read_schema(path)
     assert written.names == schema.names
     for column in written:
@@ -57,7 +65,7 @@ def test_every_column_is_documented_in_the_file(tmp_path, schema):
 
 def test_a_writer_that_dies_leaves_the_old_file(tmp_path):
     store = Store(tmp_path)
-    path = store.write_pairs(1, [pair(completion(1), completion(2))])
+    path = store.write_pairs(1, 0, [pair(completion(1), completion(2))])
     before = path.read_bytes()
 
     def die(path):
@@ -73,12 +81,12 @@ def test_a_writer_that_dies_leaves_the_old_file(tmp_path):
 
 def test_other_files_are_refused_by_name(tmp_path):
     store = Store(tmp_path)
-    with pytest.raises(DataError, match=r"iteration-0001\.parquet: holds .*rollout"):
-        read_pairs(store.write_rollouts(1, [scored(1.0)]))
+    with pytest.raises(DataError, match=r"iteration-0001-wave-0000\.parquet: holds .*rollout"):
+        read_pairs(store.write_rollouts(1, 0, [scored(1.0)]))
     pq.write_table(pa.table({"x": [1]}), tmp_path / "foreign.parquet")
     with pytest.raises(DataError, match=r"foreign\.parquet: holds no agon records"):
         read_pairs(tmp_path / "foreign.parquet")
-    whole = store.write_pairs(2, [pair(completion(1), completion(2))])
+    whole = store.write_pairs(2, 0, [pair(completion(1), completion(2))])
     whole.write_bytes(whole.read_bytes()[:-20])
     with pytest.raises(DataError, match="not a readable Parquet file"):
         read_pairs(whole)
@@ -88,4 +96,4 @@ def test_other_files_are_refused_by_name(tmp_path):
 
 def test_a_group_that_would_vanish_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no completion"):
-        Store(tmp_path).write_rollouts(1, [scored()])
+        Store(tmp_path).write_rollouts(1, 0, [scored()])

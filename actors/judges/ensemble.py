@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from conf.schema import JudgeConfig
     from orchestrator.judging import Judge
+    from orchestrator.tally import Tally
     from orchestrator.types import RolloutGroup
 
 
@@ -56,14 +57,13 @@ class Ensemble:
         self._reliability.groups(scored)
         return scored
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> Tally:
         """See `Judge.metrics`: the ensemble's own, and those of each member as `judge/<member>_<figure>`."""
         found = self._reliability.report()
-        if self._agreements:
-            found["judge/ensemble_agreement"] = fmean(self._agreements)
+        found.mean("judge/ensemble_agreement", self._agreements)
         self._agreements = []
         for kind, member in self._members.items():
-            found |= {name.replace("judge/", f"judge/{kind}_", 1): value for name, value in member.metrics().items()}
+            found += member.metrics().renamed("judge/", f"judge/{kind}_")
         return found
 
     def _merged(self, group: RolloutGroup, words: Sequence[ScoredGroup]) -> ScoredGroup:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from conf.schema import JudgeConfig
     from orchestrator.judging import EarlierPolicy, TextModel, Tokens
+    from orchestrator.tally import Tally
     from orchestrator.types import RolloutGroup
 
     Logprobs = NDArray[np.float32]
@@ -95,11 +96,10 @@ class Implicit:
         self._reliability.groups(scored)
         return scored
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> Tally:
         """See `Judge.metrics`; `judge/consistency` is the mean of all prompts."""
         found = self._reliability.report()
-        if self._agreements:
-            found["judge/consistency"] = fmean(self._agreements)
+        found.mean("judge/consistency", self._agreements)
         self._agreements = []
         return found
 

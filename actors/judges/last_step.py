@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from conf.schema import JudgeConfig, SearchConfig
     from orchestrator.judging import TextModel
+    from orchestrator.tally import Tally
     from orchestrator.types import Prompt
 
 CLOSING = "Reply with one line and nothing else, one of:\nVerdict: A\nVerdict: B"
@@ -62,11 +63,10 @@ class LastStep:
         self._reliability.votes(self.name, readings)
         return [verdict.value for (verdict,) in readings]
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> Tally:
         """Of the evaluations since the last call, for `search/`."""
         hits, self._reader.cache.hits = self._reader.cache.hits, 0
-        found = self._reliability.report(cache_hits=hits)
-        return {name.replace("judge/", "search/evaluation_", 1): value for name, value in found.items()}
+        return self._reliability.report(cache_hits=hits).renamed("judge/", "search/evaluation_")
 
     def _question(self, prompt: Prompt, text: str) -> str:
         shown = {"reference": prompt.answer or ""} if self._show_answer else {}

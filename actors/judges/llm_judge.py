@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from actors.judges.verdicts import Verdict
     from conf.schema import JudgeConfig
     from orchestrator.judging import TextModel
+    from orchestrator.tally import Tally
     from orchestrator.types import Prompt, RolloutGroup
 
 CLOSINGS = {
@@ -82,7 +83,7 @@ class LlmJudge:
         """See `Judge.name`."""
         return f"{self._name}:{self._model.version}@1"
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> Tally:
         """See `Judge.metrics`; the figures are those of `actors.judges.reliability`."""
         hits, self._reader.cache.hits = self._reader.cache.hits, 0
         return self._reliability.report(cache_hits=hits)

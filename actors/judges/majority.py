@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from conf.schema import ScorerConfig
+    from orchestrator.tally import Tally
     from orchestrator.types import Completion, RolloutGroup
 
 
@@ -46,7 +47,7 @@ class Majority:
         self._reliability.groups(scored)
         return scored
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> Tally:
         """See `Judge.metrics`."""
         return self._reliability.report()
 

@@ -5,12 +5,14 @@ All figures are of the judgements since the last report; one that makes no sense
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from actors.judges.comparisons import opinions, sign_of
 from orchestrator.errors import JudgeError
+from orchestrator.tally import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -66,7 +68,7 @@ class Reliability:
         """Takes what became of the groups."""
         self._judged += scored
 
-    def report(self, *, cache_hits: int = 0) -> dict[str, float]:
+    def report(self, *, cache_hits: int = 0) -> Tally:
         """The figures under `judge/` since the last report, of whose votes `cache_hits` needed no asking.
 
         Raises:
@@ -74,18 +76,16 @@ class Reliability:
         """
         self._check_answering()
         found = group_figures(self._judged)
-        if self._readable:
-            found["parse_failure_fraction"] = 1 - fmean(self._readable)
-            found["cache_hit_fraction"] = cache_hits / len(self._readable)
-        if self._agreements:
-            found["vote_agreement"] = fmean(self._agreements)
-        if self._orders:
-            found["position_bias"] = fmean((shown + swapped) / 2 for shown, swapped in self._orders) - 0.5
-            found["order_agreement"] = fmean(
-                sign_of(shown, 0.5) == sign_of(0.5, swapped) for shown, swapped in self._orders
-            )
+        found.mean("judge/parse_failure_fraction", (not readable for readable in self._readable))
+        found.ratio("judge/cache_hit_fraction", cache_hits, len(self._readable))
+        found.mean("judge/vote_agreement", self._agreements)
+        found.mean("judge/position_bias", ((shown + swapped) / 2 - 0.5 for shown, swapped in self._orders))
+        found.mean(
+            "judge/order_agreement",
+            (sign_of(shown, 0.5) == sign_of(0.5, swapped) for shown, swapped in self._orders),
+        )
         self._start()
-        return {f"judge/{name}": value for name, value in found.items()}
+        return found
 
     def _check_answering(self) -> None:
         """Stops a run whose judge says next to nothing that can be used."""
@@ -99,28 +99,27 @@ class Reliability:
             )
 
 
-def group_figures(judged: Sequence[ScoredGroup]) -> dict[str, float]:
-    """Abstentions, ties, the bias for length and the best win rates of scored groups, names without `judge/`."""
+def group_figures(judged: Sequence[ScoredGroup]) -> Tally:
+    """Abstentions, ties, the bias for length and the best win rates of scored groups, under `judge/`."""
+    found = Tally()
     if not judged:
-        return {}
-    found: dict[str, float] = {}
+        return found
     pairs = [(scored, i, j, first) for scored in judged for (i, j), first in opinions(scored).items()]
     decided = [first for *_, first in pairs if first is not None]
     if all(scored.preferences is None for scored in judged):
-        found["abstained_fraction"] = fmean(score.value is None for scored in judged for score in scored.scores)
-    elif pairs:
-        found["abstained_fraction"] = 1 - len(decided) / len(pairs)
-    if decided:
-        found["tie_fraction"] = fmean(sign_of(first, 0.5) == 0.5 for first in decided)
+        found.mean("judge/abstained_fraction", (score.value is None for scored in judged for score in scored.scores))
+    else:
+        found.mean("judge/abstained_fraction", (first is None for *_, first in pairs))
+    found.mean("judge/tie_fraction", (sign_of(first, 0.5) == 0.5 for first in decided))
     sides = [
         (sign_of(first, 0.5) - 0.5) * (sign_of(_length(scored, i), _length(scored, j)) - 0.5)
         for scored, i, j, first in pairs
         if first is not None
     ]
-    if told := [side > 0 for side in sides if side]:
-        found["length_bias"] = 2 * fmean(told) - 1
-    if best := [rates for scored in judged if (rates := _best_win_rates(scored))]:
-        found["best_win_rate"], found["best_win_rate_without_self"] = map(fmean, zip(*best, strict=True))
+    found.mean("judge/length_bias", (math.copysign(1, side) for side in sides if side))
+    best = [rates for scored in judged if (rates := _best_win_rates(scored))]
+    found.mean("judge/best_win_rate", (with_self for with_self, _ in best))
+    found.mean("judge/best_win_rate_without_self", (without for _, without in best))
     return found
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from conf.schema import JudgeConfig
     from orchestrator.judging import TextModel
+    from orchestrator.tally import Tally
     from orchestrator.types import Completion, RolloutGroup
 
     Tokens = tuple[int, ...]
@@ -97,7 +98,7 @@ class StepJudge:
         self._reliability.groups(scored)
         return scored
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> Tally:
         """See `Judge.metrics`."""
         return self._reliability.report()
 

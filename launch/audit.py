@@ -1,0 +1,179 @@
+"""`agon audit`: whether a run lost or repeated anything, told from its files by code that had no part in writing them.
+
+It reads the ledger's tables and the Parquet files as they are, with SQLite and pyarrow alone:
+
+    damaged     a file that counts is missing, or has another size or digest than the ledger says
+    lost        a pair that was accepted, or of a scored group, is missing where it should be; or a batch of a finished
+                iteration was never acknowledged
+    repeated    a pair is in more acknowledged batches than the iteration has epochs, or two batches took one step
+    rejudged    a prompt's completions were scored twice in one iteration
+    stale       a pair was sampled by another policy than the one its iteration started from
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections import Counter, defaultdict
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet as pq
+import xxhash
+
+from conf.compose import compose
+from orchestrator.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+ROLLED_BACK = "rolled back"
+"""The outcome of batches whose weights were given up."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Audit:
+    """What was found; the lists hold a sentence a finding."""
+
+    iterations: int = 0
+    pairs: int = 0
+    batches: int = 0
+    damaged: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    repeated: list[str] = field(default_factory=list)
+    rejudged: list[str] = field(default_factory=list)
+    stale: list[str] = field(default_factory=list)
+
+    @property
+    def findings(self) -> list[str]:
+        """All of them, each with its kind."""
+        kinds = ("damaged", "lost", "repeated", "rejudged", "stale")
+        return [f"{kind}: {text}" for kind in kinds for text in getattr(self, kind)]
+
+    def __str__(self) -> str:
+        return (
+            f"audit: {self.iterations} iterations, {self.pairs} pairs, {self.batches} batches, {len(self.damaged)}"
+            f" damaged, {len(self.lost)} lost, {len(self.repeated)} repeated, {len(self.rejudged)} judged twice,"
+            f" {len(self.stale)} stale"
+        )
+
+
+def audit(run: Path) -> Audit:
+    """Checks the finished iterations of a run folder.
+
+    Raises:
+        DataError: it has no ledger that can be read.
+        ConfigError: it has no configuration that can be read.
+    """
+    epochs = compose([], run / "config.yaml").learner.epochs
+    try:
+        with closing(sqlite3.connect(f"{(run / 'ledger.sqlite').absolute().as_uri()}?mode=ro", uri=True)) as db:
+            return _Auditor(run, db, epochs).run()
+    except sqlite3.DatabaseError as error:
+        raise DataError(f"{run / 'ledger.sqlite'}: not a readable ledger: {error}") from error
+
+
+class _Auditor:
+    def __init__(self, run: Path, db: sqlite3.Connection, epochs: int) -> None:
+        self._run = run
+        self._db = db
+        self._epochs = epochs
+        self._policies: dict[int, str] = dict(db.execute("SELECT iteration, version_digest FROM iterations"))
+        """Digest of the weights that each finished iteration left, by its number."""
+        self._found = Audit(iterations=max(0, len(self._policies) - 1))
+
+    def run(self) -> Audit:
+        self._check_files()
+        self._check_judgements()
+        pairs = self._check_pairs()
+        for iteration, ids in pairs.items():
+            self._check_batches(iteration, ids)
+        self._check_steps()
+        return self._found
+
+    def _check_files(self) -> None:
+        for path, size, digest in self._db.execute("SELECT path, bytes, digest FROM files"):
+            try:
+                content = (self._run / path).read_bytes()
+            except OSError as error:
+                self._found.damaged.append(f"{path}: {error.strerror}")
+                continue
+            if len(content) != size or xxhash.xxh3_64_hexdigest(content) != digest:
+                self._found.damaged.append(f"{path} is not what was written")
+
+    def _rows(self, kind: str, columns: list[str]) -> Iterator[dict[str, Any]]:
+        """Rows of the files of one kind that count, of finished iterations."""
+        for (path,) in self._db.execute("SELECT path FROM files WHERE path LIKE ? ORDER BY path", (f"{kind}/%",)):
+            if (self._run / path).is_file():
+                rows = pq.read_table(self._run / path, columns=["iteration", *columns]).to_pylist()
+                yield from ({**row, "path": path} for row in rows if row["iteration"] in self._policies)
+
+    def _check_judgements(self) -> None:
+        groups: defaultdict[tuple[int, str], set[tuple[str, int]]] = defaultdict(set)
+        for row in self._rows("rollouts", ["prompt_id", "group"]):
+            groups[row["iteration"], row["prompt_id"]].add((row["path"], row["group"]))
+        self._found.rejudged += [
+            f"{prompt} of iteration {iteration}" for (iteration, prompt), where in groups.items() if len(where) > 1
+        ]
+        noted = set(self._db.execute("SELECT iteration, prompt FROM groups"))
+        issued = {
+            (iteration, prompt)
+            for iteration, prompts in self._db.execute("SELECT iteration, prompts FROM waves")
+            for prompt in json.loads(prompts)
+            if iteration in self._policies
+        }
+        quarantined = {prompt for (prompt,) in self._db.execute("SELECT prompt FROM quarantine")}
+        missing = {(iteration, prompt) for iteration, prompt in issued - groups.keys() if prompt not in quarantined}
+        self._found.lost += [f"completions of {prompt} of iteration {iteration}" for iteration, prompt in missing]
+        self._found.lost += [
+            f"the note that {prompt} of iteration {iteration} was scored" for iteration, prompt in groups.keys() - noted
+        ]
+
+    def _check_pairs(self) -> dict[int, list[str]]:
+        """Ids of the pairs of each finished iteration, as its files have them."""
+        pairs: dict[int, list[str]] = {iteration: [] for iteration in self._policies if iteration > 0}
+        for row in self._rows("pairs", ["id", "chosen_policy_digest", "rejected_policy_digest"]):
+            pairs[row["iteration"]].append(row["id"])
+            policy = self._policies[row["iteration"] - 1]
+            if {row["chosen_policy_digest"], row["rejected_policy_digest"]} != {policy}:
+                self._found.stale.append(f"pair {row['id']} was not sampled by {policy}")
+        noted = defaultdict(set)
+        for pair, iteration in self._db.execute("SELECT id, iteration FROM pairs"):
+            noted[iteration].add(pair)
+        for iteration, ids in pairs.items():
+            self._found.lost += [f"pair {pair} of the ledger is in no file" for pair in noted[iteration] - set(ids)]
+            self._found.repeated += [f"pair {pair} was made twice" for pair, n in Counter(ids).items() if n > 1]
+        self._found.pairs = sum(map(len, pairs.values()))
+        return pairs
+
+    def _check_batches(self, iteration: int, pairs: list[str]) -> None:
+        rows = self._db.execute(
+            "SELECT number, pairs, acknowledged, outcome FROM batches WHERE iteration = ?", (iteration,)
+        ).fetchall()
+        trained: Counter[str] = Counter()
+        for number, ids, acknowledged, outcome in rows:
+            if acknowledged is None and outcome != ROLLED_BACK:
+                self._found.lost.append(f"batch {number} of iteration {iteration} was never acknowledged")
+            else:
+                trained.update(json.loads(ids))
+        self._found.batches += len(rows)
+        for pair in pairs:
+            if trained[pair] < self._epochs:
+                self._found.lost.append(f"pair {pair}: in {trained[pair]} batches, {self._epochs} epochs")
+            elif trained[pair] > self._epochs:
+                self._found.repeated.append(f"pair {pair}: in {trained[pair]} batches, {self._epochs} epochs")
+        self._found.repeated += [f"pair {pair} is of another iteration" for pair in trained.keys() - set(pairs)]
+
+    def _check_steps(self) -> None:
+        """What the kept weights contain is numbered from 1 without a gap."""
+        steps = [
+            step
+            for step, iteration in self._db.execute(
+                "SELECT step, iteration FROM batches WHERE outcome <> ? ORDER BY step", (ROLLED_BACK,)
+            )
+            if iteration in self._policies
+        ]
+        self._found.repeated += [f"step {step} was taken by {n} batches" for step, n in Counter(steps).items() if n > 1]
+        self._found.lost += [f"step {step} was taken by no batch" for step in set(range(1, len(steps))) - set(steps)]
