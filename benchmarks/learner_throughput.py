@@ -105,14 +105,14 @@ def timed_step(
         torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated() if cuda else 0
     start = time.perf_counter()
-    metrics, _ = optimizer_step(
+    step = optimizer_step(
         policy, optimizer, batch, loss=LossConfig(), learner=learner, lr=1e-7, version=0, state=LossState()
     )
     if cuda:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     peak = (torch.cuda.max_memory_allocated() - held) / 2**20 if cuda else 0.0
-    return seconds, peak, metrics["loss"]
+    return seconds, peak, step.metrics["loss"]
 
 
 def run(arguments: argparse.Namespace) -> dict[str, object]:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from conf.compose import compose
 from launch.initial_model import initial_model
 from launch.machines import existing_parent
+from learners.checkpoint import Checkpoint
 from learners.policy import DTYPES, load_model
 from orchestrator.errors import ModelError
 from orchestrator.ledger import LedgerReader
@@ -34,7 +34,7 @@ def export(run: Path, out: Path, iteration: int | None = None, *, replace: bool 
 
     Raises:
         ConfigError: `run` holds no run.
-        ModelError: the run has no checkpoint of that iteration, or `out` holds something.
+        ModelError: the run has no checkpoint of that iteration, it is damaged, or `out` holds something.
     """
     out = out.absolute()
     if not replace and out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -49,7 +49,7 @@ def export(run: Path, out: Path, iteration: int | None = None, *, replace: bool 
     disable_progress_bar()
     model = load_model(model_dir)
     live = dict(model.named_parameters())
-    weights = load_file(checkpoint / "weights.safetensors")
+    weights = Checkpoint(checkpoint).read("weights")
     if weights.keys() != live.keys():
         raise ModelError(f"{checkpoint} was saved from another model than {model_dir}")
     with torch.no_grad():

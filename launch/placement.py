@@ -189,7 +189,7 @@ def start_learner(
     actor = ray.remote(Learner).options(
         num_cpus=learner.cpus,
         num_gpus=learner.gpus,
-        max_concurrency=2,
+        max_concurrency=4,
         runtime_env=_environment(learner.num_threads),
     )
     return actor.remote(

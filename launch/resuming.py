@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from launch.model_files import read_header, read_json
+from learners.manifest import check_sizes
 from orchestrator import ledger
 from orchestrator.errors import ConfigError, ModelError
 
@@ -35,21 +36,20 @@ def check_resumable(config: Config, run_dir: Path) -> None:
             f" --iteration {config.pipeline.iterations}"
         )
     if last.checkpoint is not None:
-        _check_checkpoint(run_dir / last.checkpoint, moving=config.reference.kind != "initial")
+        _check_checkpoint(run_dir / last.checkpoint)
 
 
-def _check_checkpoint(folder: Path, *, moving: bool) -> None:
-    parts = ["weights.safetensors", "optimizer.safetensors", *(["reference.safetensors"] if moving else [])]
-    missing = [name for name in ["trainer.json", *parts] if not (folder / name).is_file()]
+def _check_checkpoint(folder: Path) -> None:
+    """Sizes and headers; the learner reads and checks what the files hold."""
     try:
-        if missing:
-            raise ModelError(f"{folder}: {', '.join(missing)} missing")
-        read_json(folder / "trainer.json")
-        for name in parts:
-            read_header(folder / name)
+        for name in check_sizes(folder):
+            if name.endswith(".safetensors"):
+                read_header(folder / name)
+            else:
+                read_json(folder / name)
     except ModelError as error:
         raise ModelError(
-            f"{error}. This is the checkpoint of the last iteration, without which the run cannot go on: put it back"
-            " from a copy, or start a new run: agon run --config"
+            f"{error}. This is the checkpoint of the last iteration, without which the run cannot go on; or start"
+            " a new run: agon run --config"
             f" {folder.parent.parent / 'config.yaml'} run_dir=..."
         ) from error

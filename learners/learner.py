@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 
 from actors.vllm_transfer import WeightSender
+from learners.saving import Saver
 from learners.trainer import Trainer
-from orchestrator.errors import DeadlineError, TrainingError
+from orchestrator.errors import DeadlineError
 from orchestrator.remote import fetch
 from orchestrator.weights import Probe, Publication, checksums, pack, version_of
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from conf.schema import LearnerConfig, LossConfig, ReferenceConfig
+    from learners.checkpoint import State
     from orchestrator.queues import BatchQueue
     from orchestrator.types import Completion, PreferenceBatch, Prompt, SeedSequence, UpdateResult
 
@@ -32,7 +33,7 @@ seen to differ by 1.2e-4 in float32 and by 0.5 in bfloat16 (benchmarks/RESULTS.m
 
 
 class Learner:
-    """Created with ``max_concurrency=2``: `progress` answers while a longer method runs; those exclude each other."""
+    """Created with ``max_concurrency=4``: `progress` and `saved` answer while others run, which exclude each other."""
 
     def __init__(
         self,
@@ -52,6 +53,7 @@ class Learner:
         self._busy = threading.Lock()
         self._steps_done = 0
         self._step_deadline_s = learner.step_deadline_s
+        self._saver = Saver(learner.step_deadline_s)
         self._publish_deadline_s = 0.0
         self._probe_token_ids = probe_token_ids
         self._dtype = dtype
@@ -82,24 +84,30 @@ class Learner:
         """Optimizer steps done in the current call of `train`."""
         return self._steps_done
 
-    def begin_iteration(self, iteration: int, total_steps: int) -> None:
-        """Moves the reference if it is one that moves, and starts the learning-rate schedule."""
+    def begin_iteration(self, iteration: int, total_steps: int) -> int:
+        """Moves the reference if it is one that moves, and starts the learning-rate schedule.
+
+        Changes nothing of an iteration under way. Returns how many of its batches are done.
+        """
         with self._busy:
-            self._trainer.begin_iteration(iteration, total_steps)
+            return self._trainer.begin_iteration(iteration, total_steps)
 
     def train(self, queue: BatchQueue, num_batches: int) -> list[UpdateResult]:
-        """Takes `num_batches` from the queue, one optimizer step each.
+        """Consumes the next `num_batches` of the iteration from the queue, each once.
 
+        A batch that comes again, because its lease ran out or the queue was filled anew, is acknowledged and dropped.
         The reference scores each completion when it is first seen; later epochs of the iteration reuse its log-probs.
 
         Raises:
-            TrainingError: a loss or gradient is not finite, or a batch's lease ran out while it was trained on.
+            TrainingError: too many batches of the iteration were skipped.
             DeadlineError: no batch came.
+            ActorLostError: the queue died. What was consumed before counts: `begin_iteration` tells how much.
+            RuntimeError: a batch is missing in the queue.
         """
         with self._busy:
             self._steps_done = 0
-            results = []
-            for _ in range(num_batches):
+            results: list[UpdateResult] = []
+            while len(results) < num_batches:
                 lease = queue.lease(timeout_s=self._step_deadline_s, duration_s=self._step_deadline_s)
                 if lease is None:
                     raise DeadlineError(f"learner: no batch in the queue within {self._step_deadline_s:g} s")
@@ -109,14 +117,22 @@ class Learner:
                     deadline_s=self._step_deadline_s,
                     knob="learner.step_deadline_s",
                 )
-                results.append(self._trainer.update(self._trainer.annotate(batch)))
-                if not queue.acknowledge(lease.id):
-                    raise TrainingError(
-                        f"an optimizer step took longer than the batch's lease of {self._step_deadline_s:g} s:"
-                        " raise learner.step_deadline_s, or lower learner.batch_pairs"
-                    )
-                self._steps_done += 1
+                if self._is_next(batch):
+                    results.append(self._trainer.update(self._trainer.annotate(batch)))
+                    self._steps_done += 1
+                # One whose lease ran out meanwhile comes again, and is dropped then.
+                queue.acknowledge(lease.id)
             return results
+
+    def _is_next(self, batch: PreferenceBatch) -> bool:
+        """False of one that was consumed before. Raises RuntimeError of one whose turn it is not yet."""
+        found, due = (batch.iteration, batch.number), (self._trainer.iteration, self._trainer.batches_done)
+        if found > due:
+            raise RuntimeError(
+                f"the queue gave batch {found[1]} of iteration {found[0]} where batch {due[1]} of iteration {due[0]}"
+                " was due: batches in between were lost"
+            )
+        return found == due
 
     def publish(self, number: int, receivers: Sequence[Any], deadline_s: float) -> Publication:
         """Makes the weights version `number`: puts them into the object store, or sends them to `receivers`.
@@ -177,15 +193,31 @@ class Learner:
             return self._trainer.reference_logprobs(sequences)
 
     def save(self, folder: str) -> None:
-        """Writes weights, optimizer, reference and counters; the folder appears whole or not at all."""
-        with self._busy:
-            self._trainer.save(Path(folder))
+        """Copies the state, which is then written while training goes on; `saved` tells when it is durable."""
+        self._saver.save(folder, self._copied_state)
 
-    def load(self, folder: str) -> int:
-        """Goes on from what `save` wrote; returns the optimizer steps taken so far."""
+    def saved(self, folder: str) -> str:
+        """Waits until a checkpoint is durable, and returns the digest of its manifest; see `Saver.saved`."""
+        return self._saver.saved(folder)
+
+    def load(self, folder: str, version: int) -> int:
+        """Goes on from what `save` wrote.
+
+        Args:
+            folder: a checkpoint.
+            version: number of the policy version last published, from which staleness is counted.
+
+        Returns:
+            The batches consumed in the run so far.
+        """
         with self._busy:
-            self._trainer.load(Path(folder))
+            self._trainer.load(folder)
+            self._trainer.version = version
             return self._trainer.step
+
+    def _copied_state(self) -> State:
+        with self._busy:
+            return self._trainer.state().copy()
 
     def _probe(self) -> Probe:
         logprobs: Any = np.asarray(self._trainer.score([self._probe_token_ids])[0], dtype=np.float64)

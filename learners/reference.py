@@ -12,16 +12,27 @@ is the policy's own; `torch.func.functional_call` runs it on the snapshot.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+import xxhash
+
+from learners import ranks
+from learners.memory import ERRORS
+from orchestrator.batching import completion_keys, split
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from conf.schema import ReferenceConfig
     from learners.packed import PackedColumns
     from learners.policy import Policy
+    from orchestrator.types import PreferenceBatch
 
 
 class Reference:
@@ -54,6 +65,63 @@ class Reference:
         if self._config.kind == "none":
             return torch.zeros(int(columns.completion_lengths.sum()))
         return self._policy.logprobs_with(self.parameters, columns)
+
+
+class ReferenceLogprobs:
+    """The reference's log-probs of an iteration's completions: computed when one is first seen, the same ever after.
+
+    Computed again in other micro-batches they would differ in their last bits, so checkpoints hold them.
+
+    Args:
+        reference: which stands still until `clear`.
+    """
+
+    def __init__(self, reference: Reference) -> None:
+        self._reference = reference
+        self._known: dict[bytes, NDArray[np.float32]] = {}
+        """By xxh3-128 of what `completion_keys` gives."""
+
+    def clear(self) -> None:
+        """Forgets all: the reference moves."""
+        self._known.clear()
+
+    def annotate(self, batch: PreferenceBatch, max_tokens: int) -> PreferenceBatch:
+        """The batch with the reference's log-probs, computed in micro-batches of `max_tokens` where they are missing.
+
+        Raises:
+            RuntimeError, MemoryError: memory ran out, on this rank or another; nothing was remembered.
+        """
+        keys = [xxhash.xxh3_128_digest(key) for key in completion_keys(batch)]
+        ranks.together(lambda: self._learn(batch, keys, max_tokens), ERRORS)
+        return replace(batch, reference_logprobs=np.concatenate([self._known[key] for key in keys]))
+
+    def _learn(self, batch: PreferenceBatch, keys: list[bytes], max_tokens: int) -> None:
+        if all(key in self._known for key in keys):
+            return
+        logprobs = np.concatenate([self._reference.logprobs(part).cpu().numpy() for part in split(batch, max_tokens)])
+        pieces = np.split(logprobs, np.cumsum(batch.completion_lengths)[:-1])
+        for key, piece in zip(keys, pieces, strict=True):
+            self._known.setdefault(key, piece)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What all ranks know, the same on each: keys [S, 16], lengths [S] and values [C]; empty if that is nothing."""
+        known = {key: piece for part in reversed(ranks.gather(self._known)) for key, piece in part.items()}
+        if not known:
+            return {}
+        keys = sorted(known)
+        return {
+            "keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, 16),
+            "lengths": torch.tensor([len(known[key]) for key in keys]),
+            "values": torch.from_numpy(np.concatenate([known[key] for key in keys])),
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Knows what `tensors` gave, and nothing else."""
+        self.clear()
+        if tensors:
+            pieces = np.split(tensors["values"].numpy(), np.cumsum(tensors["lengths"].numpy())[:-1])
+            keys = [row.tobytes() for row in tensors["keys"].numpy()]
+            self._known = dict(zip(keys, pieces, strict=True))
 
 
 def snapshot(policy: Policy) -> dict[str, Tensor]:

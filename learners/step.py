@@ -15,7 +15,7 @@ Shapes: S completions, C completion tokens, P pairs.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,8 +24,9 @@ from conf.objectives import OBJECTIVES, is_coupled
 from learners import ranks
 from learners.displacement import ches
 from learners.losses import LossInput, LossState, advance, concatenate, losses
+from learners.memory import ERRORS, within_memory
+from learners.spikes import why_skipped
 from orchestrator.batching import split
-from orchestrator.errors import TrainingError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +37,23 @@ if TYPE_CHECKING:
     from conf.schema import LearnerConfig, LossConfig
     from learners.policy import Policy
     from orchestrator.types import PreferenceBatch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """What came of one batch.
+
+    Example: ``Step(metrics={"loss": 0.61, ...}, state=LossState(), skipped="", micro_batch_tokens=8192)``
+    """
+
+    metrics: dict[str, float]
+    """Log-probs, ratios and margin are sums over tokens in nats, means over the pairs of all ranks."""
+    state: LossState
+    """What the objective remembers now; of a skipped batch, nothing."""
+    skipped: str
+    """Why the weights were left as they were; empty: they moved."""
+    micro_batch_tokens: int
+    """With which memory sufficed."""
 
 
 def optimizer_step(
@@ -49,50 +67,65 @@ def optimizer_step(
     version: int,
     state: LossState,
     replay: Callable[[], float] | None = None,
-) -> tuple[dict[str, float], LossState]:
-    """Take one step on an annotated batch.
+    largest_norm: float = math.inf,
+) -> Step:
+    """Take one step on an annotated batch, unless its loss or gradient is not finite or too large.
 
     Args:
         policy: whose weights move.
         optimizer: over the policy's parameters.
         batch: the global batch with reference log-probs, or this rank's prompt groups of it.
         loss: the objective.
-        learner: `micro_batch_tokens` and `max_grad_norm` are read.
+        learner: `micro_batch_tokens` and `max_grad_norm` are read; the former is halved while memory runs out.
         lr: learning rate of this step.
         version: number of the learner's own policy version, for staleness.
         state: what the objective remembers of earlier steps.
         replay: adds the gradient of seed data and returns their loss (`Replay.backward`); None: there is none.
-
-    Returns:
-        Metrics by name, and what the objective remembers now. Log-probs, ratios and margin are sums over tokens in
-        nats, means over the pairs of all ranks.
+        largest_norm: a batch whose gradient has a larger norm is skipped.
 
     Raises:
         ValueError: the batch has no reference log-probs.
-        TrainingError: loss or gradient norm is not finite; the weights are untouched and gradients dropped.
+        RuntimeError, MemoryError: memory does not suffice for a single prompt group, or what else the forward or
+            backward pass raised; weights are untouched and gradients dropped.
     """
-    optimizer.zero_grad(set_to_none=True)
-    parts = split(batch, learner.micro_batch_tokens)
-    run = _run_coupled if is_coupled(loss) else _run
-    sums, after = run(policy, parts, loss, state)
-    replayed = {} if replay is None else {"replay_nll": replay()}
+    (metrics, after), tokens = within_memory(
+        lambda tokens: _gradient(policy, optimizer, split(batch, tokens), loss, state, replay),
+        batch,
+        learner.micro_batch_tokens,
+    )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     ranks.sum_gradients(parameters)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, learner.max_grad_norm)
-    metrics = sums | replayed | {"grad_norm": float(norm)}
-    if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-        optimizer.zero_grad(set_to_none=True)
-        raise TrainingError(
-            f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} on a batch of {batch.num_pairs} pairs "
-            f"(first {batch.pair_ids[0]}); the weights were not changed. Lower learner.lr or raise loss.beta, and look "
-            "at the pairs' log-probs."
-        )
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
+    metrics["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, learner.max_grad_norm))
+    reasons = ranks.gather(why_skipped(metrics["loss"], metrics["grad_norm"], largest_norm))
+    skipped = next((reason for reason in reasons if reason), "")
+    if not skipped:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     staleness = version - batch.data_versions
     metrics |= {"lr": lr, "staleness_mean": float(staleness.mean()), "staleness_max": float(staleness.max())}
+    return Step(metrics=metrics, state=state if skipped else after, skipped=skipped, micro_batch_tokens=tokens)
+
+
+def _gradient(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    parts: list[PreferenceBatch],
+    loss: LossConfig,
+    state: LossState,
+    replay: Callable[[], float] | None,
+) -> tuple[dict[str, float], LossState]:
+    """This rank's share of the gradient; metrics, and what the objective remembers then."""
+    optimizer.zero_grad(set_to_none=True)
+    run = _run_coupled if is_coupled(loss) else _run
+    try:
+        metrics, after = run(policy, parts, loss, state)
+        if replay is not None:
+            metrics["replay_nll"] = ranks.together(replay, ERRORS)
+    except ERRORS:
+        optimizer.zero_grad(set_to_none=True)
+        raise
     return metrics, after
 
 
@@ -103,13 +136,17 @@ def _run(
     items, pairs = ranks.total(
         [sum(num_items(part, loss) for part in parts), sum(part.num_pairs for part in parts)],
     )
-    observed = []
-    for part in parts:
-        inputs, noticed = _forward(policy, part, loss)
-        values = losses(inputs, loss, state)
-        (values.sum() / items).backward()  # type: ignore[no-untyped-call]
-        observed.append(_observe(inputs, values.sum() * pairs / items) | noticed)
-    return _means(observed, pairs), state
+
+    def accumulate() -> list[dict[str, Tensor]]:
+        observed = []
+        for part in parts:
+            inputs, noticed = _forward(policy, part, loss)
+            values = losses(inputs, loss, state)
+            (values.sum() / items).backward()  # type: ignore[no-untyped-call]
+            observed.append(_observe(inputs, values.sum() * pairs / items) | noticed)
+        return observed
+
+    return _means(ranks.together(accumulate, ERRORS), pairs), state
 
 
 def _run_coupled(
@@ -117,18 +154,23 @@ def _run_coupled(
 ) -> tuple[dict[str, float], LossState]:
     """Adds the gradient of an objective of the whole global batch, through its gradient at the log-probs."""
     with torch.no_grad():
-        forwards = [_forward(policy, part, loss) for part in parts]
+        forwards = ranks.together(lambda: [_forward(policy, part, loss) for part in parts], ERRORS)
     mine = concatenate([inputs for inputs, _ in forwards])
     logprobs = mine.logprobs.requires_grad_()
     everyone = [one.to(logprobs.device) for one in ranks.gather(mine.to("cpu"))]
     everyone[ranks.rank()] = replace(mine, logprobs=logprobs)
     whole = concatenate(everyone)
     items = sum(ranks.total([sum(num_items(part, loss) for part in parts)]))
-    values = losses(whole, loss, state)
-    (gradient,) = torch.autograd.grad(values.sum() / items, logprobs)
-    shares = torch.split(gradient, [part.num_completion_tokens for part in parts])
-    for part, share in zip(parts, shares, strict=True):
-        policy(part).backward(share)
+
+    def carry_on() -> Tensor:
+        values = losses(whole, loss, state)
+        (gradient,) = torch.autograd.grad(values.sum() / items, logprobs)
+        shares = torch.split(gradient, [part.num_completion_tokens for part in parts])
+        for part, share in zip(parts, shares, strict=True):
+            policy(part).backward(share)
+        return values
+
+    values = ranks.together(carry_on, ERRORS)
     with torch.no_grad():
         pairs = len(whole.chosen)
         observed = _observe(whole, values.sum() * pairs / items)

@@ -14,6 +14,7 @@ start the process with glibc's ``MALLOC_TRIM_THRESHOLD_`` and ``MALLOC_MMAP_THRE
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,15 +23,18 @@ import numpy as np
 import torch
 from transformers.core_model_loading import revert_weight_conversion
 
-from learners.checkpoint import read_folder, write_folder
+from learners.checkpoint import Checkpoint, State, write_folder
 from learners.losses import LossState
+from learners.memory import halved, within_memory
+from learners.optimizer import add_moments, moments, new_optimizer
 from learners.policy import Policy, load_model
-from learners.reference import Reference, kl_estimate, snapshot
+from learners.reference import Reference, ReferenceLogprobs, kl_estimate, snapshot
 from learners.replay import Replay
 from learners.schedule import learning_rate
+from learners.scoring import token_logprobs
+from learners.spikes import RECENT, largest_norm
 from learners.step import optimizer_step
-from orchestrator.batching import completion_keys, pack_sequences, split
-from orchestrator.errors import ModelError
+from orchestrator.errors import ModelError, TrainingError
 from orchestrator.types import UpdateResult
 
 if TYPE_CHECKING:
@@ -41,10 +45,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from conf.schema import LearnerConfig, LossConfig, ReferenceConfig
+    from learners.step import Step
     from orchestrator.batching import Tokens
     from orchestrator.types import Completion, PreferenceBatch, Prompt, SeedSequence
 
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _MOVING = ("previous", "ema")
 """References that are not the model given, and so are saved."""
 
@@ -98,76 +102,113 @@ class Trainer:
             else None
         )
         self.step = 0
-        """Optimizer steps taken in the run."""
+        """Batches consumed in the run: optimizer steps taken and batches skipped."""
         self.version = 0
         """Number of the policy version last published; whoever publishes sets it. Staleness is counted from it."""
         self.iteration = 0
-        self._iteration_step = 0
+        self.batches_done = 0
+        """Batches of the iteration consumed, skipped ones among them."""
         self._total_steps = 1
+        self._skipped = 0
+        self._norms: deque[float] = deque(maxlen=RECENT)
+        self._micro_batch_tokens = learner.micro_batch_tokens
+        self._notes: list[str] = []
         self._loss_state = LossState()
-        self._reference_logprobs: dict[bytes, NDArray[np.float32]] = {}
-        """Of the iteration's completions, by `completion_keys`."""
-        self._optimizer = self._new_optimizer()
+        self._reference_logprobs = ReferenceLogprobs(self.reference)
+        self._optimizer = new_optimizer(self.policy.parameters_by_name(), learner)
 
-    def begin_iteration(self, iteration: int, total_steps: int) -> None:
+    def begin_iteration(self, iteration: int, total_steps: int) -> int:
         """Start an iteration: the reference moves and the schedule starts anew; so do Adam's moments if asked to.
 
         Called again for the iteration under way, as a resumed controller may, it changes nothing.
 
         Args:
             iteration: 1 for the first.
-            total_steps: optimizer steps it will take, for the schedule.
+            total_steps: batches it will take, for the schedule.
+
+        Returns:
+            How many of those are done: 0 unless the iteration is under way.
         """
-        if iteration == self.iteration:
-            return
-        self.reference.begin_iteration()
-        self._reference_logprobs.clear()
-        if self._learner.reset_optimizer:
-            self._optimizer = self._new_optimizer()
-        self.iteration, self._iteration_step, self._total_steps = iteration, 0, max(1, total_steps)
+        if iteration != self.iteration:
+            self.reference.begin_iteration()
+            self._reference_logprobs.clear()
+            if self._learner.reset_optimizer:
+                self._optimizer = new_optimizer(self.policy.parameters_by_name(), self._learner)
+            self.iteration, self.batches_done, self._total_steps = iteration, 0, max(1, total_steps)
+            self._skipped = 0
+        return self.batches_done
 
     def annotate(self, batch: PreferenceBatch) -> PreferenceBatch:
         """The batch with the reference's log-probs: computed in micro-batches once, remembered for later epochs."""
-        keys = completion_keys(batch)
-        if not all(key in self._reference_logprobs for key in keys):
-            parts = split(batch, self._learner.micro_batch_tokens)
-            logprobs = np.concatenate([self.reference.logprobs(part).cpu().numpy() for part in parts])
-            pieces = np.split(logprobs, np.cumsum(batch.completion_lengths)[:-1])
-            for key, piece in zip(keys, pieces, strict=True):
-                self._reference_logprobs.setdefault(key, piece)
-        found = np.concatenate([self._reference_logprobs[key] for key in keys])
-        return replace(batch, reference_logprobs=found)
+        annotated, tokens = within_memory(
+            lambda tokens: self._reference_logprobs.annotate(batch, tokens), batch, self._micro_batch_tokens
+        )
+        self._fits(tokens)
+        return annotated
 
     def update(self, batch: PreferenceBatch) -> UpdateResult:
-        """Take one optimizer step on an annotated batch.
+        """Consume an annotated batch: take an optimizer step, or skip it where loss or gradient forbid one.
+
+        A batch that is skipped leaves weights, optimizer and the objective's memory as they were, to the bit.
 
         Raises:
             ValueError: the batch has no reference log-probs.
-            TrainingError: loss or gradient norm is not finite; nothing was changed.
+            TrainingError: more than `learner.max_skipped` batches of the iteration were skipped, this one the last.
+            RuntimeError, MemoryError: memory does not suffice for a single prompt group; nothing was changed.
         """
         lr = learning_rate(
             peak=self._learner.lr,
             schedule=self._learner.schedule,
-            step=self._iteration_step,
+            step=self.batches_done,
             total_steps=self._total_steps,
             warmup_steps=self._learner.warmup_steps,
         )
-        metrics, self._loss_state = optimizer_step(
+        taken = optimizer_step(
             self.policy,
             self._optimizer,
             batch,
             loss=self._loss,
-            learner=self._learner,
+            learner=replace(self._learner, micro_batch_tokens=self._micro_batch_tokens),
             lr=lr,
             version=self.version,
-            state=replace(self._loss_state, progress=min(1.0, self._iteration_step / self._total_steps)),
+            state=replace(self._loss_state, progress=min(1.0, self.batches_done / self._total_steps)),
             replay=partial(self._replay.backward, self.policy, self.step) if self._replay else None,
+            largest_norm=largest_norm(self._norms, self._learner.spike_factor),
         )
+        self._fits(taken.micro_batch_tokens)
         self.step += 1
-        self._iteration_step += 1
+        self.batches_done += 1
+        notes, self._notes = tuple(self._notes), []
+        if taken.skipped:
+            self._count_skipped(batch, taken)
+        else:
+            self._loss_state = taken.state
+            self._norms.append(taken.metrics["grad_norm"])
         return UpdateResult(
-            step=self.step, batch=batch.number, pair_ids=batch.pair_ids, tokens=batch.num_tokens, metrics=metrics
+            step=self.step,
+            batch=batch.number,
+            pair_ids=batch.pair_ids,
+            tokens=batch.num_tokens,
+            metrics=taken.metrics,
+            skipped=taken.skipped,
+            notes=notes,
         )
+
+    def _count_skipped(self, batch: PreferenceBatch, taken: Step) -> None:
+        self._skipped += 1
+        if self._skipped > self._learner.max_skipped:
+            raise TrainingError(
+                f"iteration {self.iteration}: {self._skipped} batches were skipped, more than learner.max_skipped="
+                f"{self._learner.max_skipped}. Batch {batch.number} of {batch.num_pairs} pairs (first"
+                f" {batch.pair_ids[0]}): {taken.skipped}. Lower learner.lr or raise loss.beta, and look at the pairs'"
+                " log-probs."
+            )
+
+    def _fits(self, tokens: int) -> None:
+        """Memory sufficed for micro-batches of so many tokens, and not for more."""
+        if tokens != self._micro_batch_tokens:
+            self._notes.append(halved(self._micro_batch_tokens, tokens))
+            self._micro_batch_tokens = tokens
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
         """Log-probs of ``sequence[1:]`` given their prefixes under the policy, each [len(sequence) - 1]."""
@@ -202,14 +243,7 @@ class Trainer:
     def _score(
         self, parameters: Mapping[str, Tensor] | None, sequences: Sequence[tuple[Tokens, Tokens]]
     ) -> list[NDArray[np.float32]]:
-        """Token log-probs of (prompt, completion) sequences under some parameters, or the live ones."""
-        results = []
-        for part in _portions(sequences, self._learner.micro_batch_tokens):
-            columns, index = pack_sequences(part)
-            logprobs = self.policy.logprobs_with(parameters, columns).cpu().numpy()
-            completions = np.split(logprobs, np.cumsum(columns.completion_lengths)[:-1])
-            results += [completions[number] for number in index]
-        return results
+        return token_logprobs(self.policy, parameters, sequences, self._micro_batch_tokens)
 
     def named_tensors(self) -> dict[str, Tensor]:
         """The policy by the names of a Hugging Face checkpoint, contiguous, in the publishing dtype, tied weights once.
@@ -226,90 +260,61 @@ class Trainer:
         state = revert_weight_conversion(self.policy.model, state)
         return {name: tensor.contiguous() for name, tensor in state.items()}
 
-    def save(self, folder: str | Path) -> None:
-        """Write weights, optimizer, reference and counters; the folder appears whole or not at all."""
+    def state(self) -> State:
+        """What `load` goes on from. It shares memory with what is trained: write or copy it before the next update."""
+        live = self.policy.parameters_by_name()
         tensors: dict[str, Mapping[str, Tensor]] = {
-            "weights": self.policy.parameters_by_name(),
-            "optimizer": {
-                f"{moment}.{name}": self._optimizer.state[parameter][moment]
-                for name, parameter in self.policy.parameters_by_name().items()
-                for moment in _MOMENTS
-                if parameter in self._optimizer.state
-            },
+            "weights": live,
+            "optimizer": moments(self._optimizer, live),
+            "reference_logprobs": self._reference_logprobs.tensors(),
         }
         if self._reference_kind in _MOVING:
             tensors["reference"] = self.reference.parameters
-        facts = {"reference": self._reference_kind, "loss_state": asdict(self._loss_state), **self._counters()}
-        write_folder(folder, tensors, facts)
+        facts = {
+            "reference": self._reference_kind,
+            "step": self.step,
+            "version": self.version,
+            "iteration": self.iteration,
+            "batches_done": self.batches_done,
+            "total_steps": self._total_steps,
+            "skipped": self._skipped,
+            "grad_norms": list(self._norms),
+            "micro_batch_tokens": {"given": self._learner.micro_batch_tokens, "used": self._micro_batch_tokens},
+            "loss_state": asdict(self._loss_state),
+        }
+        return State(tensors=tensors, facts=facts)
+
+    def save(self, folder: str | Path) -> str:
+        """Write the state and wait until it is durable; see `write_folder` for what is returned and raised."""
+        return write_folder(folder, self.state())
 
     def load(self, folder: str | Path) -> None:
-        """Go on from what `save` wrote; the trainer must be built from the same model folder and configuration.
+        """Go on from a checkpoint, bit for bit as the trainer that wrote it would have.
+
+        The trainer must be built from the same model folder and configuration.
 
         Raises:
             ModelError: the folder is damaged, or of another model or reference kind; the trainer must not be used then.
         """
-        tensors, facts = read_folder(folder)
+        saved = Checkpoint(folder)
+        facts: dict[str, Any] = saved.facts
         if facts["reference"] != self._reference_kind:
             raise ModelError(
                 f"{folder} was saved with reference.kind={facts['reference']}; this run has {self._reference_kind}"
             )
         live = self.policy.parameters_by_name()
-        _copy(tensors["weights"], live, folder)
+        saved.load_into("weights", live)
         if self._reference_kind in _MOVING:
-            _copy(tensors["reference"], self.reference.parameters, folder)
-        self._optimizer = self._new_optimizer()
-        for name, parameter in live.items():
-            if f"step.{name}" in tensors["optimizer"]:
-                # Adam counts its steps on the CPU; its moments lie with the parameter.
-                moments = {moment: tensors["optimizer"][f"{moment}.{name}"] for moment in _MOMENTS}
-                self._optimizer.state[parameter] = {
-                    moment: value if moment == "step" else value.to(parameter.device)
-                    for moment, value in moments.items()
-                }
+            saved.load_into("reference", self.reference.parameters)
+        self._optimizer = new_optimizer(live, self._learner)
+        saved.load_into("optimizer", add_moments(self._optimizer, live, saved.names("optimizer")))
+        self._reference_logprobs.restore(saved.read("reference_logprobs"))
         self.step, self.version, self.iteration = facts["step"], facts["version"], facts["iteration"]
-        self._iteration_step, self._total_steps = facts["iteration_step"], facts["total_steps"]
+        self.batches_done, self._total_steps = facts["batches_done"], facts["total_steps"]
+        self._skipped = facts["skipped"]
+        self._norms = deque(facts["grad_norms"], maxlen=RECENT)
+        tokens = facts["micro_batch_tokens"]
+        if tokens["given"] == self._learner.micro_batch_tokens:  # else people have changed it since
+            self._micro_batch_tokens = tokens["used"]
         remembered = facts["loss_state"]
         self._loss_state = LossState(**remembered | {"margins": tuple(remembered["margins"])})
-
-    def _counters(self) -> dict[str, int]:
-        return {
-            "step": self.step,
-            "version": self.version,
-            "iteration": self.iteration,
-            "iteration_step": self._iteration_step,
-            "total_steps": self._total_steps,
-        }
-
-    def _new_optimizer(self) -> torch.optim.Optimizer:
-        """AdamW; matrices decay, norms and biases do not."""
-        parameters = list(self.policy.parameters_by_name().values())
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self._learner.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(
-            groups, lr=self._learner.lr, betas=(self._learner.adam_beta1, self._learner.adam_beta2)
-        )
-
-
-def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor], folder: str | Path) -> None:
-    shapes = {name: tuple(tensor.shape) for name, tensor in source.items()}
-    if shapes != {name: tuple(tensor.shape) for name, tensor in target.items()}:
-        raise ModelError(f"{folder} was saved from another model: its tensors differ in names or shapes")
-    with torch.no_grad():
-        for name, tensor in target.items():
-            tensor.copy_(source[name])
-
-
-def _portions(sequences: Sequence[tuple[Tokens, Tokens]], max_tokens: int) -> list[list[tuple[Tokens, Tokens]]]:
-    """Neighbours of at most `max_tokens` together, at least one each; shared prompts are counted each time."""
-    portions: list[list[tuple[Tokens, Tokens]]] = []
-    room = 0
-    for sequence in sequences:
-        size = len(sequence[0]) + len(sequence[1])
-        if not portions or size > room:
-            portions.append([])
-            room = max_tokens
-        portions[-1].append(sequence)
-        room -= size
-    return portions

@@ -120,7 +120,8 @@ def update_metrics(results: Sequence[UpdateResult]) -> dict[str, float]:
     """`train/`: the optimizer steps of an iteration as one figure each.
 
     Names that end in `_max` are reduced by their maximum, `lr` by its last value, everything else by the mean over
-    pairs. A metric that only some steps report is reduced over those.
+    pairs. A metric that only some steps report is reduced over those; figures of a skipped batch that are not finite
+    are not reported.
     """
     if not results:
         return {}
@@ -130,9 +131,14 @@ def update_metrics(results: Sequence[UpdateResult]) -> dict[str, float]:
         "tokens": float(sum(result.tokens for result in results)),
     }
     for name in dict.fromkeys(name for result in results for name in result.metrics):
-        reported = [result for result in results if name in result.metrics]
-        found[name] = _reduce(name, [(result.metrics[name], len(result.pair_ids)) for result in reported])
+        reported = [result for result in results if _reports(result, name)]
+        if reported:
+            found[name] = _reduce(name, [(result.metrics[name], len(result.pair_ids)) for result in reported])
     return _under("train", found)
+
+
+def _reports(result: UpdateResult, name: str) -> bool:
+    return name in result.metrics and (not result.skipped or math.isfinite(result.metrics[name]))
 
 
 def _reduce(name: str, weighted: Sequence[tuple[float, int]]) -> float:

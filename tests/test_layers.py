@@ -77,7 +77,9 @@ def run(code):
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("module", ["orchestrator.types", "orchestrator.errors", "conf.schema", "launch.cli"])
+@pytest.mark.parametrize(
+    "module", ["orchestrator.types", "orchestrator.errors", "conf.schema", "launch.cli", "launch.resuming"]
+)
 def test_light_modules_load_nothing_heavy(module):
     heavy = ("ray", "torch", "vllm", "transformers", "wandb")
     result = run(f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])")

@@ -17,6 +17,7 @@ from learners.step import optimizer_step
 from learners.trainer import Trainer
 from orchestrator.batching import batches, pack, split
 from tests.learning import make_model, make_pairs
+from tests.ranks import free_port
 
 COUPLED = [
     {"name": "kto"},
@@ -67,7 +68,7 @@ def step(model_dir, batch, config, *, micro_batch_tokens=10_000):
     torch.set_num_threads(1)
     policy = Policy(load_model(model_dir), dtype="float32", vocab_chunk=64)
     before = {name: parameter.detach().clone() for name, parameter in policy.parameters_by_name().items()}
-    metrics, state = optimizer_step(
+    taken = optimizer_step(
         policy,
         torch.optim.SGD(policy.parameters(), lr=1.0),
         batch,
@@ -77,7 +78,11 @@ def step(model_dir, batch, config, *, micro_batch_tokens=10_000):
         version=1,
         state=STATE,
     )
-    return metrics, state, {name: before[name] - p.detach() for name, p in policy.parameters_by_name().items()}
+    return (
+        taken.metrics,
+        taken.state,
+        {name: before[name] - p.detach() for name, p in policy.parameters_by_name().items()},
+    )
 
 
 def assert_same(ours, theirs):
@@ -132,14 +137,6 @@ def halves(batch):
     first, *rest = split(batch, sum(sizes[: len(sizes) // 2 + 1]))
     assert len(rest) == 1
     return first, rest[0]
-
-
-def free_port():
-    import socket
-
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @pytest.mark.parametrize("settings", COUPLED, ids=str)

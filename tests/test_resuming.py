@@ -8,7 +8,7 @@ import torch
 from conf.compose import compose, resolved_yaml
 from launch import cli
 from launch.resuming import check_resumable
-from learners.checkpoint import write_folder
+from learners.checkpoint import State, write_folder
 from orchestrator.ledger import Ledger, RunStatus
 from orchestrator.summary import build_summary, write_summary
 from orchestrator.types import PolicyVersion
@@ -34,7 +34,7 @@ def run_dir(tmp_path, monkeypatch):
         write_summary(folder, build_summary(ledger))
     (folder / "config.yaml").write_text(resolved_yaml(compose(["pipeline.iterations=2"])))
     parts = {name: {"w": torch.zeros(8)} for name in ("weights", "optimizer", "reference")}
-    write_folder(folder / CHECKPOINT, parts, {"step": 2})
+    write_folder(folder / CHECKPOINT, State(tensors=parts, facts={"step": 2}), file_bytes=32)
     monkeypatch.setattr("launch.run.Run", None)  # what is not refused fails here, before Ray
     return folder
 
@@ -55,27 +55,30 @@ def contents(run_dir):
     return {str(path): path.read_bytes() for path in files}
 
 
-@pytest.mark.parametrize("name", ["trainer.json", *(f"{part}.safetensors" for part in ("weights", "optimizer"))])
+FIRST, *_, LAST = (f"shard-00001-model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "trainer.json", FIRST, LAST])
 def test_a_part_of_the_checkpoint_is_missing(run_dir, monkeypatch, capsys, name):
     (run_dir / CHECKPOINT / name).unlink()
     said = refused(run_dir, monkeypatch, capsys)
-    for part in (f"{CHECKPOINT}: {name} missing", "the checkpoint of the last iteration", "start a new run"):
+    for part in (f"{CHECKPOINT}/{name} is missing", "the checkpoint of the last iteration", "start a new run"):
         assert part in said
 
 
 def test_a_part_of_the_checkpoint_is_damaged(run_dir, monkeypatch, capsys):
-    weights = run_dir / CHECKPOINT / "weights.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-1])
-    assert "weights.safetensors: " in refused(run_dir, monkeypatch, capsys)
-    weights.write_bytes(whole)
-    (run_dir / CHECKPOINT / "trainer.json").write_text("{")
-    assert "trainer.json, line 1: not JSON" in refused(run_dir, monkeypatch, capsys)
-
-
-def test_the_reference_is_part_of_it_where_it_moves(run_dir, monkeypatch, capsys):
-    (run_dir / CHECKPOINT / "reference.safetensors").unlink()
-    assert "reference.safetensors missing" in refused(run_dir, monkeypatch, capsys)
+    tensors, facts = run_dir / CHECKPOINT / FIRST, run_dir / CHECKPOINT / "trainer.json"
+    whole = tensors.read_bytes()
+    for content, said in (
+        (whole[:-1], f"{FIRST} is truncated, {len(whole) - 1} of {len(whole)} bytes"),
+        (whole + b"0", f"{FIRST} is damaged, {len(whole) + 1} bytes instead of {len(whole)}"),
+        (b"\xff" * 8 + whole[8:], f"{FIRST}: not a safetensors file"),
+    ):
+        tensors.write_bytes(content)
+        assert said in refused(run_dir, monkeypatch, capsys)
+    tensors.write_bytes(whole)
+    facts.write_bytes(facts.read_bytes().replace(b"{", b"["))
+    assert "trainer.json, line 2: not JSON" in refused(run_dir, monkeypatch, capsys)
 
 
 def test_fewer_iterations_than_are_finished(run_dir, monkeypatch, capsys):

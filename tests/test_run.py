@@ -10,13 +10,13 @@ import time
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.generator import Generator
 from conf.compose import compose
 from launch.export import export
 from launch.run import run
+from learners.checkpoint import Checkpoint
 from orchestrator.errors import ConfigError, ModelError
 from orchestrator.ledger import LedgerReader
 from orchestrator.rollouts import Rollouts
@@ -68,7 +68,7 @@ def test_a_chat_model_runs_end_to_end(folder, tmp_path, kind, engine):
     assert summary["tokens"]["collect"] > 0
     model = AutoModelForCausalLM.from_pretrained(folder / kind)
     assert_logprobs_match(model, run_dir, 1)
-    model.load_state_dict(load_file(run_dir / "checkpoints" / "iteration-0001" / "weights.safetensors"), strict=False)
+    model.load_state_dict(Checkpoint(run_dir / "checkpoints" / "iteration-0001").read("weights"), strict=False)
     model.tie_weights()
     assert_logprobs_match(model, run_dir, 2)
     trained = AutoModelForCausalLM.from_pretrained(run_dir / "model")

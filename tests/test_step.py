@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from conf.schema import LearnerConfig, LossConfig, ReferenceConfig
+from learners.checkpoint import Checkpoint
 from learners.displacement import ches
 from learners.logprobs import plain_token_logprobs
 from learners.reference import kl_estimate
 from learners.trainer import Trainer
 from orchestrator.batching import batches, completion_keys, pack
-from orchestrator.errors import ModelError, TrainingError
+from orchestrator.errors import ModelError
 from tests.learning import make_model, make_pairs
 
 LOSS = LossConfig(beta=0.1, sft_weight=0.05)
@@ -65,7 +64,7 @@ def test_accumulation_equals_the_one_big_batch(model_dir, tmp_path):
         metrics = trainer.update(trainer.annotate(batch)).metrics
         trainer.save(tmp_path / str(micro_batch_tokens))
         # After one step Adam's first moment is (1 - beta1) times the clipped gradient.
-        results.append((metrics, load_file(tmp_path / str(micro_batch_tokens) / "optimizer.safetensors")))
+        results.append((metrics, Checkpoint(tmp_path / str(micro_batch_tokens)).read("optimizer")))
     whole, moments = results[-1]
     assert abs(whole["margin"]) > 0.01
     assert whole["grad_norm"] > 0.5
@@ -154,64 +153,9 @@ def test_training_raises_the_margin_and_reports(model_dir):
     assert (results[0].pair_ids, results[0].tokens) == (batch.pair_ids, batch.num_tokens)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_is_refused_and_nothing_moves(model_dir, value):
-    trainer = make_trainer(model_dir)
-    trainer.begin_iteration(1, 4)
-    train(trainer, 1)
-    before = weights(trainer)
-    batch = trainer.annotate(pack(make_pairs(3)))
-    poisoned = replace(batch, reference_logprobs=np.full_like(batch.reference_logprobs, value))
-    with pytest.raises(TrainingError, match="weights were not changed"):
-        trainer.update(poisoned)
-    assert largest_difference(weights(trainer), before) == 0.0
-    assert all(parameter.grad is None for parameter in trainer.policy.parameters())
-    assert trainer.step == 1
-    trainer.update(batch)
-    assert largest_difference(weights(trainer), before) > 0.0
-
-
-def test_an_infinite_gradient_of_a_finite_loss_is_refused(model_dir):
-    trainer = make_trainer(model_dir)
-    trainer.begin_iteration(1, 1)
-    before = weights(trainer)
-    trainer.policy.model.lm_head.weight.register_hook(lambda gradient: gradient * float("inf"))
-    with pytest.raises(TrainingError, match="gradient norm"):
-        train(trainer, 1)
-    assert largest_difference(weights(trainer), before) == 0.0
-
-
 def test_update_wants_reference_logprobs(model_dir):
     with pytest.raises(ValueError, match="annotate it first"):
         make_trainer(model_dir).update(pack(make_pairs(1)))
-
-
-@pytest.mark.parametrize("kind", ["previous", "initial", "ema"])
-def test_resume_is_bit_exact(model_dir, tmp_path, kind):
-    """Saved in the middle of the second iteration; the last two steps are the same bits as without a stop."""
-
-    def start():
-        return make_trainer(model_dir, kind=kind, schedule="cosine", warmup_steps=1, weight_decay=0.01)
-
-    straight = start()
-    straight.begin_iteration(1, 2)
-    train(straight, 2)
-    straight.begin_iteration(2, 4)
-    train(straight, 2, seed=1)
-    straight.version = 1
-    straight.save(tmp_path / "checkpoint")
-    expected = train(straight, 2, seed=2)
-
-    resumed = start()
-    resumed.load(tmp_path / "checkpoint")
-    resumed.begin_iteration(2, 4)
-    assert (resumed.iteration, resumed.step, resumed.version) == (2, 4, 1)
-    assert train(resumed, 2, seed=2) == expected
-    for left, right in (
-        (weights(resumed), weights(straight)),
-        (resumed.reference.parameters, straight.reference.parameters),
-    ):
-        assert all(torch.equal(left[name], right[name]) for name in right)
 
 
 def test_save_replaces_whole_folders_and_load_refuses_others(model_dir, tmp_path):
@@ -226,9 +170,9 @@ def test_save_replaces_whole_folders_and_load_refuses_others(model_dir, tmp_path
     assert resumed.step == 1
     with pytest.raises(ModelError, match=r"reference\.kind=previous"):
         make_trainer(model_dir, kind="ema").load(tmp_path / "checkpoint")
-    (tmp_path / "checkpoint" / "weights.safetensors").write_bytes(b"cut short")
-    with pytest.raises(ModelError, match="not a checkpoint"):
-        make_trainer(model_dir).load(tmp_path / "checkpoint")
+    make_model("gpt2").save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ModelError, match="another model"):
+        make_trainer(tmp_path / "gpt2").load(tmp_path / "checkpoint")
 
 
 def test_references_move_as_their_kinds_say(model_dir):
@@ -366,7 +310,7 @@ def test_without_a_reference_none_is_kept_or_computed(model_dir, tmp_path, monke
     assert without.update(without.annotate(batch)).metrics["loss"] == pytest.approx(expected, rel=1e-6)
     assert largest_difference(weights(with_one), weights(without)) < 1e-7
     without.save(tmp_path / "saved")
-    assert not (tmp_path / "saved" / "reference.safetensors").exists()
+    assert not Checkpoint(tmp_path / "saved").names("reference")
     again = make_trainer(model_dir, kind="none", loss=loss)
     again.load(tmp_path / "saved")
     assert largest_difference(weights(again), weights(without)) == 0
