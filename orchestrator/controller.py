@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.errors import AgonError, TrainingError
 from orchestrator.evaluation import evaluate
+from orchestrator.events import Event, EventKind
 from orchestrator.iteration import Iteration, keep_answers
 from orchestrator.publisher import reference_version
 
@@ -55,6 +56,8 @@ class Controller:
         context, config = self._context, self._context.config
         checkpoint = context.learning.surviving(context.learning.restore)
         finished = context.ledger.finished()  # read after it: a checkpoint that is damaged undoes iterations
+        if context.ledger.phases():
+            self._say_where(finished, checkpoint)
         if finished:
             self._continue_from(finished, checkpoint)
         else:
@@ -84,6 +87,12 @@ class Controller:
             " (rollouts/ has every text with its score). All alike make no pair: is it the right judge, are"
             " generator.max_tokens enough, are the prompts neither too easy nor too hard?"
         )
+
+    def _say_where(self, finished: list[FinishedIteration], checkpoint: CheckpointRecord | None) -> None:
+        text = f"resumed: {len(finished) - 1} iterations are finished" if finished else "resumed at the beginning"
+        if checkpoint is not None and checkpoint.iteration == len(finished):
+            text += f", and {checkpoint.batches} batches of iteration {checkpoint.iteration} are trained on"
+        self._context.emit(Event(kind=EventKind.RESUMED, iteration=len(finished), text=text))
 
     def _begin(self) -> None:
         context = self._context

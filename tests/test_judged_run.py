@@ -42,13 +42,13 @@ def test_a_policy_that_judges_itself_needs_no_answers(folder):
     run_dir = folder / "run"
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["status"] == "finished"
-    groups = read_rollouts(run_dir / "rollouts" / "iteration-0001.parquet")
+    groups = read_rollouts(run_dir / "rollouts" / "iteration-0001-wave-0000.parquet")
     assert all(group.group.prompt.answer is None for group in groups)
     assert all(group.scorer.startswith("llm_judge") and "v0" in group.scorer for group in groups), "iteration start"
     scores = [score.value for group in groups for score in group.scores]
     assert all(value is None or 0 <= value <= 5 for value in scores)
     assert len({value for value in scores if value is not None}) > 10
-    assert read_pairs(run_dir / "pairs" / "iteration-0001.parquet")
+    assert read_pairs(run_dir / "pairs" / "iteration-0001-wave-0000.parquet")
 
 
 def test_a_policy_that_cannot_say_a_verdict_stops_with_the_reason(folder, capsys):
@@ -71,7 +71,7 @@ def test_a_search_that_evaluates_its_own_steps(folder, monkeypatch):
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     (failed,) = (line["search/evaluation_parse_failure_fraction"] for line in lines if "search/waves" in line)
     assert failed < 1
-    rows = pq.read_table(folder / "run" / "trees" / "iteration-0001.parquet").to_pylist()
+    rows = pq.read_table(folder / "run" / "trees" / "iteration-0001-wave-0000.parquet").to_pylist()
     values = {row["value"] for row in rows if row["terminal"]}
     assert len(values) > 10, "what a random model says of each is another figure"
     assert max(values) <= 1.5
@@ -88,6 +88,6 @@ def test_a_policy_judged_by_its_own_log_ratio_asks_the_learner_for_the_one_befor
     assert [line["iteration"] for line in lines if "judge/accuracy" in line] == [1, 2], "anchors need no evaluation"
     agreements = [line["judge/consistency"] for line in lines if "judge/consistency" in line]
     for number, agreement in enumerate(agreements, 1):
-        pairs = read_pairs(tmp_path / "run" / "pairs" / f"iteration-{number:04d}.parquet")
+        pairs = read_pairs(tmp_path / "run" / "pairs" / f"iteration-{number:04d}-wave-0000.parquet")
         assert [pair.label for pair in pairs] == pytest.approx([agreement] * len(pairs))
     assert agreements[0] < 0.8 < agreements[1], "one update moves a ranking less than another model differs"

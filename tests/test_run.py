@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.generator import Generator
 from conf.compose import compose
+from launch.audit import audit
 from launch.export import export
 from launch.run import run
 from learners.checkpoint import Checkpoint
@@ -47,7 +48,7 @@ def weights_of(run_dir):
 
 def assert_logprobs_match(model, run_dir, iteration):
     """Sampled log-probs in the rollouts equal a forward of transformers with the weights that were published."""
-    scored = read_rollouts(run_dir / "rollouts" / f"iteration-{iteration:04d}.parquet")
+    scored = read_rollouts(run_dir / "rollouts" / f"iteration-{iteration:04d}-wave-0000.parquet")
     for group in (item.group for item in scored):
         for completion in group.completions:
             tokens = torch.tensor([group.prompt.token_ids + completion.token_ids])
@@ -76,12 +77,19 @@ def test_a_chat_model_runs_end_to_end(folder, tmp_path, kind, engine):
     assert AutoTokenizer.from_pretrained(run_dir / "model").chat_template
 
 
+def test_nothing_was_lost_or_done_twice(finished):
+    found = audit(finished)
+    assert found.findings == []
+    assert (found.iterations, found.pairs > 0, found.batches > 0) == (3, True, True)
+    assert not list((finished / "samples").iterdir())
+
+
 def test_records_of_a_run_say_where_they_come_from(finished):
     with LedgerReader(finished) as ledger:
         versions = [iteration.version for iteration in ledger.finished()]
     assert len({version.digest for version in versions}) == 4
     for number in (1, 2, 3):
-        pairs = read_pairs(finished / "pairs" / f"iteration-{number:04d}.parquet")
+        pairs = read_pairs(finished / "pairs" / f"iteration-{number:04d}-wave-0000.parquet")
         assert len({pair.id for pair in pairs}) == len(pairs) > 0
         for pair in pairs:
             assert pair.chosen.policy == pair.rejected.policy == pair.reference == versions[number - 1]
@@ -190,6 +198,7 @@ def test_signals_stop_at_once_and_resume_ends_as_if_nothing_had_happened(folder,
     assert agon("run", "--resume", run_dir).wait(timeout=300) == 0
     assert pairs_of(run_dir) == pairs_of(finished)
     assert weights_of(run_dir) == weights_of(finished)
+    assert audit(run_dir).findings == []
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     evaluated = [line["iteration"] for line in lines if "eval/greedy_value" in line]
     assert evaluated == [0, 1, 2, 3], "no line of an iteration that was done again is left"

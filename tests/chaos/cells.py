@@ -1,0 +1,133 @@
+"""One cell of the chaos matrix: a run in which one role dies at one point, and what became of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from launch.audit import audit
+from orchestrator.events import EventKind
+from tests.chaos.saboteur import FOLDER
+from tests.runs import overrides
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+RUN_S = 600.0
+"""One process of a run must end after so long."""
+MAX_RESUMES = 5
+SETTINGS = {
+    # Two waves an iteration and checkpoints within it, so that there is something between all points.
+    "pipeline__wave_prompts": 4,
+    "learner__checkpoint_steps": 2,
+    "learner__batch_pairs": 4,
+    "pipeline__iterations": 3,
+    "tracking": "disabled",
+}
+_VICTIM = "from tests.chaos.victim import main; main()"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """Who dies where."""
+
+    point: str
+    role: str
+
+    def __str__(self) -> str:
+        return f"{self.role} while {self.point}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What became of a run."""
+
+    findings: list[str]
+    """Of the audit, and whatever else is not as it should be; empty where nothing is."""
+    lost: int
+    repeated: int
+    stale: int
+    recovery_s: float
+    """From the death until another was in place, seconds; of a controller, until the resumed run was in a stage."""
+
+
+def reference_run(folder: Path, engine: str) -> dict[str, bytes]:
+    """Pairs and weights of a run that nothing disturbs."""
+    run_dir = folder / "reference"
+    _run(["run", *overrides(folder, run_dir, engine=engine, **SETTINGS)], {})
+    return products(run_dir)
+
+
+def products(run_dir: Path) -> dict[str, bytes]:
+    """What two equal runs have in common, byte for byte: pairs and trained weights."""
+    paths = [*sorted((run_dir / "pairs").iterdir()), run_dir / "model" / "model.safetensors"]
+    return {path.name: path.read_bytes() for path in paths}
+
+
+def play(cell: Cell, folder: Path, *, name: str, visit: int, engine: str, expected: dict[str, bytes]) -> Outcome:
+    """Runs a cell to its end, resuming it where its controller dies.
+
+    Args:
+        cell: who dies where.
+        folder: of all runs; holds model and prompts.
+        name: of this run.
+        visit: the how manieth time that a process comes to the point.
+        engine: of the generators.
+        expected: `products` of a run that nothing disturbed.
+    """
+    run_dir, chaos = folder / name, folder / f"{name}.chaos"
+    chaos.mkdir()
+    (chaos / "armed.json").write_text(json.dumps({"point": cell.point, "role": cell.role, "visit": visit}))
+    environment = {FOLDER: str(chaos)}
+    settings = overrides(folder, run_dir, engine=engine, **SETTINGS)
+    code = _run(["run", *settings], environment, may_fail=True)
+    resumed = []
+    while code and len(resumed) < MAX_RESUMES:
+        resumed.append(time.time())
+        code = _run(["run", "--resume", str(run_dir)], environment, may_fail=True)
+    return _outcome(run_dir, chaos, code, resumed, expected)
+
+
+def _outcome(run_dir: Path, chaos: Path, code: int, resumed: list[float], expected: dict[str, bytes]) -> Outcome:
+    findings, recovery_s = [], float("nan")
+    if code:
+        findings.append(f"the run ended with code {code}: {(chaos / 'output.txt').read_text()[-2000:]}")
+    if (chaos / "fired.json").exists():
+        died = json.loads((chaos / "fired.json").read_text())["time"]
+        recovery_s = _recovered(run_dir, died) - died
+    else:
+        findings.append("nobody was killed")
+    found = audit(run_dir)
+    findings += found.findings
+    if not code and products(run_dir) != expected:
+        findings.append("pairs or weights differ from those of a run that nothing disturbed")
+    return Outcome(
+        findings=findings,
+        lost=len(found.lost) + len(found.damaged),
+        repeated=len(found.repeated) + len(found.rejudged),
+        stale=len(found.stale),
+        recovery_s=recovery_s,
+    )
+
+
+def _recovered(run_dir: Path, died: float) -> float:
+    kinds = (EventKind.REPLACED, EventKind.RESUMED)
+    lines = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    return min((line["time"] for line in lines if line["kind"] in kinds and line["time"] > died), default=float("nan"))
+
+
+def _run(arguments: list[str], environment: dict[str, str], *, may_fail: bool = False) -> int:
+    command = [sys.executable, "-c", _VICTIM] if environment else [sys.executable, "-m", "launch"]
+    with open(f"{environment[FOLDER]}/output.txt" if environment else os.devnull, "a") as output:
+        process = subprocess.Popen(
+            [*command, *arguments], env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT
+        )
+        code = process.wait(timeout=RUN_S)
+    if code and not may_fail:
+        raise RuntimeError(f"agon {' '.join(arguments)} ended with code {code}")
+    return code

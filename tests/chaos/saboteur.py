@@ -1,0 +1,70 @@
+"""Kills a role at a chosen point of a run: real signals to real processes, from within the code that is at the point.
+
+A folder (`AGON_CHAOS`) says what is to happen, so that all processes of a run agree on it:
+
+    armed.json    {"point": "optimizer step", "role": "generator", "visit": 2}; whoever comes to the point for the
+                  visit-th time in its process takes the file away, so that it happens once, and kills the role
+    fired.json    when that was, and which process died
+    pids/         one empty file a process, <role>-<name>-<pid>; raylets among them where the run has nodes
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+
+FOLDER = "AGON_CHAOS"
+POINTS = ("collecting", "scoring", "packing", "optimizer step", "checkpoint", "publication", "evaluating")
+ROLES = ("generator", "judge", "queue", "learner", "controller", "node")
+
+_visits: Counter[str] = Counter()
+
+
+def register(role: str, name: str = "") -> None:
+    """Notes this process as one of a role."""
+    folder = Path(os.environ[FOLDER]) / "pids"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{role}_{name}_{os.getpid()}").touch()
+
+
+def strike(point: str, *, delay_s: float = 0.0) -> None:
+    """At a point: does what is armed for it, if it is this visit; after `delay_s` in another thread where given."""
+    folder = Path(os.environ[FOLDER])
+    try:
+        armed = json.loads((folder / "armed.json").read_text())
+    except FileNotFoundError:
+        return
+    if armed["point"] != point:
+        return
+    _visits[point] += 1
+    if _visits[point] != armed["visit"]:
+        return
+    try:
+        os.rename(folder / "armed.json", folder / "taken.json")
+    except FileNotFoundError:
+        return  # another process was faster
+    if delay_s:
+        threading.Timer(delay_s, kill, [armed["role"], folder]).start()
+    else:
+        kill(armed["role"], folder)
+
+
+def kill(role: str, folder: Path) -> None:
+    """Kills the newest living process of a role; its own process last of all."""
+    victims = [pid for pid in _pids(folder, role) if psutil.pid_exists(pid)]
+    if not victims:
+        raise RuntimeError(f"nobody of role {role} lives")
+    (folder / "fired.json").write_text(json.dumps({"role": role, "pid": victims[-1], "time": time.time()}))
+    os.kill(victims[-1], signal.SIGKILL)
+
+
+def _pids(folder: Path, role: str) -> list[int]:
+    found = [path for path in (folder / "pids").iterdir() if path.name.split("_")[0] == role]
+    return [int(path.name.rsplit("_", 1)[1]) for path in sorted(found, key=lambda path: path.stat().st_mtime_ns)]
