@@ -83,24 +83,29 @@ class Iteration:
         )
 
     def _collect(self) -> Sequence[PreferencePair]:
-        context, config = self._context, self._context.config.pipeline
-        prompts = context.prompts.take(config.prompts_per_iteration)
-        harvest = context.waves.collect(
-            [
-                Wave(
-                    iteration=self._number,
-                    number=index,
-                    prompts=prompts[start : start + config.wave_prompts],
-                    policy=self._policy,
-                    reference=self._reference,
-                )
-                for index, start in enumerate(range(0, len(prompts), config.wave_prompts))
-            ]
-        )
+        context, waves = self._context, self._waves()
+        if not context.waves.are_committed(waves) and context.learning.undo(self._number):
+            # The learner had gone on from pairs that are to be made again, by the policy that made them.
+            context.publisher.publish(self._policy.number, self._number)
+        harvest = context.waves.collect(waves)
         context.count_tokens(harvest.tokens)
         self._metrics |= harvest.tally
         context.tracker.pairs(harvest.pairs)
         return harvest.pairs
+
+    def _waves(self) -> list[Wave]:
+        config = self._context.config.pipeline
+        prompts = self._context.prompts.take(config.prompts_per_iteration)
+        return [
+            Wave(
+                iteration=self._number,
+                number=index,
+                prompts=prompts[start : start + config.wave_prompts],
+                policy=self._policy,
+                reference=self._reference,
+            )
+            for index, start in enumerate(range(0, len(prompts), config.wave_prompts))
+        ]
 
     def _train(self, pairs: Sequence[PreferencePair]) -> bool:
         """Whether new weights came of it."""

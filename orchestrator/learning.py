@@ -284,6 +284,17 @@ class Learning:
                 )
             )
 
+    def undo(self, iteration: int) -> bool:
+        """Takes back what counts of an iteration's training, whose pairs are damaged; False where nothing does."""
+        known = self._accounts.checkpoints()
+        before = [record for record in known if record.iteration < iteration]
+        if before == known:
+            return False
+        with self._ledger.transaction():
+            self._accounts.rewind(before[-1] if before else None)
+        self.surviving(self._go_back)
+        return True
+
     def give_up(self, iteration: int) -> None:
         """Rolls the training of an iteration back: the learner is as it was before, and so is what counts."""
         with self._ledger.transaction():

@@ -109,6 +109,10 @@ class Waves:
             tally += counted
         return Harvest(pairs=pairs, tally=tally, tokens=tokens)
 
+    def are_committed(self, waves: Sequence[Wave]) -> bool:
+        """Whether nothing of these is left to do."""
+        return all(self._committed(wave) for wave in waves)
+
     def _committed(self, wave: Wave) -> tuple[list[PreferencePair], Tally] | None:
         """What was committed of a wave by an earlier process; None where it has to be done."""
         outcome = self._accounts.wave_outcome(wave.iteration, wave.number)
