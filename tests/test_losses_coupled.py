@@ -63,10 +63,18 @@ def make_batch(config):
     return replace(batch, reference_logprobs=(-4 + noise).astype(np.float32))
 
 
-def step(model_dir, batch, config, *, micro_batch_tokens=10_000):
-    """Metrics, state, and the gradient that a step of plain descent makes."""
+def step(model_dir, batch, config, *, micro_batch_tokens=10_000, most=10_000):
+    """Metrics, state, and the gradient that a step of plain descent makes where memory holds `most` tokens."""
     torch.set_num_threads(1)
     policy = Policy(load_model(model_dir), dtype="float32", vocab_chunk=64)
+    scores = policy.scores
+
+    def scarce(columns, **options):
+        if len(columns.tokens) > most:
+            raise MemoryError
+        return scores(columns, **options)
+
+    policy.scores = scarce
     before = {name: parameter.detach().clone() for name, parameter in policy.parameters_by_name().items()}
     taken = optimizer_step(
         policy,
@@ -109,16 +117,17 @@ def on_rank(number, model_dir, parts, configs, port, results):
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=len(parts[0])
     )
-    found = [
-        step(model_dir, mine[number], config, micro_batch_tokens=32)
-        for mine, config in zip(parts, configs, strict=True)
-    ]
+    found = []
+    for mine, config in zip(parts, configs, strict=True):
+        most = max(part.num_tokens for part in split(mine[1], 32)) if number == 1 else 10_000
+        assert most < max(part.num_tokens for part in split(mine[1], 64)) or number == 0
+        found.append(step(model_dir, mine[number], config, micro_batch_tokens=64, most=most))
     torch.save(found, results / f"{number}.pt")
     torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_take_the_step_of_one(model_dir, tmp_path):
-    """Each has whole prompts of the batch, unequally many; both end with the same weights."""
+    """Each has whole prompts of the batch, unequally many, and the second too little memory; both end with the same."""
     configs = [LossConfig(beta=0.3, **settings) for settings in [*COUPLED, *ALONE]]
     wholes = [make_batch(config) for config in configs]
     parts = [halves(batch) for batch in wholes]
