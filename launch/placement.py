@@ -17,6 +17,7 @@ from actors.scorer import ScorerActor
 from conf.judging import cpus_needed, has_own_judge, own_language_model, pooled_kinds
 from launch.model_files import find_model, folder_version
 from learners.learner import Learner
+from orchestrator.events import ignore
 from orchestrator.pools import ActorPool
 from orchestrator.queues import BatchQueue
 from orchestrator.remote import fetch
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from conf.schema import Config, JudgeConfig, ScorerConfig
+    from orchestrator.events import Emit
     from orchestrator.types import PolicyVersion, SeedSequence
 
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -80,7 +82,12 @@ def _init_ray(config: Config) -> None:
 
 
 def start_roles(
-    config: Config, *, model_dir: str, probe_token_ids: tuple[int, ...], seeds: Sequence[SeedSequence]
+    config: Config,
+    *,
+    model_dir: str,
+    probe_token_ids: tuple[int, ...],
+    seeds: Sequence[SeedSequence],
+    emit: Emit = ignore,
 ) -> Roles:
     """Starts all actors at once and waits until each is up.
 
@@ -89,6 +96,7 @@ def start_roles(
         model_dir: Hugging Face folder of the initial policy.
         probe_token_ids: a sequence that generators and learner must agree on after each publication.
         seeds: seed data that the learner replays.
+        emit: told of actors that are lost and replaced.
 
     Raises:
         DeadlineError: one is not up in time.
@@ -102,11 +110,12 @@ def start_roles(
         num_actors=config.generator.num_actors,
         restarts=config.generator.restarts,
         start_deadline_s=config.generator.start_deadline_s,
+        emit=emit,
     )
     roles = Roles(
         generators=generators,
-        scorers={kind: _scorer_pool(kind, config) for kind in pooled_kinds(config)},
-        judges=_judge_pool(config, model_dir) if has_own_judge(config) else None,
+        scorers={kind: _scorer_pool(kind, config, emit) for kind in pooled_kinds(config)},
+        judges=_judge_pool(config, model_dir, emit) if has_own_judge(config) else None,
         learner=learner,
         queue=BatchQueue.create(config.pipeline.queue_capacity),
     )
@@ -118,7 +127,7 @@ def start_roles(
     return roles
 
 
-def _scorer_pool(kind: str, config: Config) -> ActorPool[Any, Any]:
+def _scorer_pool(kind: str, config: Config, emit: Emit) -> ActorPool[Any, Any]:
     scorer = replace(config.scorer, kind=kind)
     return ActorPool(
         role=kind,
@@ -127,10 +136,11 @@ def _scorer_pool(kind: str, config: Config) -> ActorPool[Any, Any]:
         num_actors=scorer.num_actors,
         restarts=scorer.restarts,
         start_deadline_s=scorer.start_deadline_s,
+        emit=emit,
     )
 
 
-def _judge_pool(config: Config, model_dir: str) -> ActorPool[Any, Any]:
+def _judge_pool(config: Config, model_dir: str, emit: Emit) -> ActorPool[Any, Any]:
     """Generators of the judge's own, whose weights are those of their folder for the whole run."""
     named = own_language_model(config)
     folder = model_dir if named is None else str(find_model(named, "judge.model"))
@@ -147,6 +157,7 @@ def _judge_pool(config: Config, model_dir: str) -> ActorPool[Any, Any]:
         num_actors=config.judge.num_actors,
         restarts=config.generator.restarts,
         start_deadline_s=config.generator.start_deadline_s,
+        emit=emit,
     )
 
 
@@ -175,8 +186,13 @@ def _start_generator(
 def _start_scorer(name: str, scorer: ScorerConfig, judge: JudgeConfig) -> Any:
     gpus = 0 if scorer.kind == "verifier" else judge.gpus_per_actor
     threads = max(1, int(scorer.cpus_per_actor))
+    # One call at a time runs in the main thread, the only one that math-verify can break off (by a signal).
+    alone = scorer.kind == "verifier" and scorer.verifier == "math"
     actor = ray.remote(ScorerActor).options(
-        num_cpus=scorer.cpus_per_actor, num_gpus=gpus, runtime_env=_environment(threads)
+        num_cpus=scorer.cpus_per_actor,
+        num_gpus=gpus,
+        max_concurrency=1 if alone else 2,
+        runtime_env=_environment(threads),
     )
     return actor.remote(name, scorer, judge)
 

@@ -36,7 +36,7 @@ class Evaluation:
     tokens: int
     """Generated for it."""
     sampled_completions: tuple[tuple[Prompt, Completion], ...]
-    """What was sampled, for estimates of KL."""
+    """What was sampled, for estimates of KL; none of the prompts that were set aside."""
 
     def metrics(self) -> dict[str, float]:
         """Scalars for tracking, under `eval/`."""
@@ -66,7 +66,9 @@ def evaluate(
         sampled=accuracy(scored[len(greedy) :]),
         abstained=sum(score.value is None for group in scored for score in group.scores),
         tokens=sum(len(group.completions[0].token_ids) for group in greedy + sampled),
-        sampled_completions=tuple((group.prompt, group.completions[0]) for group in sampled),
+        sampled_completions=tuple(
+            (group.prompt, group.completions[0]) for group in sampled if group.completions[0].token_ids
+        ),
     )
 
 

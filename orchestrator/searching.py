@@ -100,7 +100,7 @@ class TreeCollector:
 
     def _simulate(self, wave: list[tuple[PromptSearch, Node]], what: str) -> None:
         requests = [search.request(node, index) for index, (search, node) in enumerate(wave)]
-        answers = self._rollouts.complete(requests, what)
+        answers = self._rollouts.complete(requests, what, prompt_ids=[search.prompt.id for search, _ in wave])
         whole = [
             self._solution(search.tree, node, answer) for (search, node), answer in zip(wave, answers, strict=True)
         ]

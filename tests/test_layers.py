@@ -19,6 +19,7 @@ LAYERS = [
         [
             *("conf*", "orchestrator.tasks*", "orchestrator.prompts", "orchestrator.pairing", "orchestrator.filters"),
             *("orchestrator.batching", "orchestrator.metrics", "orchestrator.files", "orchestrator.judging"),
+            *("orchestrator.events", "orchestrator.waits"),
             *("actors.judges*", "actors.search*", "actors.engine"),
             *("learners.preference*", "learners.loading", "learners.schedule"),
         ],
@@ -27,6 +28,7 @@ LAYERS = [
         "transports",
         [
             *("orchestrator.remote", "orchestrator.queues", "orchestrator.pools", "orchestrator.weights"),
+            *("orchestrator.waves", "orchestrator.slots", "orchestrator.stacks"),
             *("orchestrator.store", "orchestrator.ledger", "orchestrator.tracking", "orchestrator.summary"),
         ],
     ),
