@@ -12,6 +12,7 @@ from actors.engines import build_engine
 from actors.vllm_transfer import WeightReceiver
 from orchestrator.errors import PublicationError
 from orchestrator.remote import fetch
+from orchestrator.stacks import Observable
 from orchestrator.weights import Publication, install
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from orchestrator.types import Completion, GenerationRequest, PolicyVersion
 
 
-class Generator:
+class Generator(Observable):
     """One engine of the pool. Methods are coroutines, so publications and status calls pass running generation.
 
     Args:
@@ -107,6 +108,10 @@ class Generator:
     async def generated(self) -> tuple[int, int]:
         """Completions finished since the actor started, and their tokens."""
         return self._loop.generated_completions, self._loop.generated_tokens
+
+    async def version(self) -> PolicyVersion | None:
+        """The weights that it answers with; None where it holds none that were proved."""
+        return self._loop.version
 
     async def ready(self) -> int:
         """The process id, once the engine is built."""

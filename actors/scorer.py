@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import TYPE_CHECKING
 
 from actors.judges import build_scorer
+from orchestrator.stacks import Observable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,16 +16,18 @@ if TYPE_CHECKING:
     from orchestrator.types import RolloutGroup, ScoredGroup
 
 
-class ScorerActor:
-    """Scores groups, one after the other."""
+class ScorerActor(Observable):
+    """Scores groups, one after the other. With ``max_concurrency=2`` it can be observed meanwhile."""
 
     def __init__(self, name: str, config: ScorerConfig, judge: JudgeConfig) -> None:
         self.name = name
+        self._busy = threading.Lock()
         self._scorer = build_scorer(config, judge)
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
         """One scored group for each group, in order."""
-        return [self._scorer.score(group) for group in groups]
+        with self._busy:
+            return [self._scorer.score(group) for group in groups]
 
     def ready(self) -> int:
         """The process id, once the judge is built."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from conf.schema import Config, JudgeConfig, ScorerConfig
+    from orchestrator.events import Emit
     from orchestrator.learning import Learning
     from orchestrator.types import PolicyVersion, SeedSequence
 
@@ -78,13 +79,14 @@ def _init_ray(config: Config) -> None:
     )
 
 
-def start_roles(config: Config, *, model_dir: str, learner: Learning) -> Roles:
+def start_roles(config: Config, *, model_dir: str, learner: Learning, emit: Emit) -> Roles:
     """Starts generators and scorers at once, and waits until each actor, the learner's among them, is up.
 
     Args:
         config: the run.
         model_dir: Hugging Face folder of the initial policy.
         learner: starting already.
+        emit: told of actors that are lost and replaced.
 
     Raises:
         DeadlineError: one is not up in time.
@@ -97,11 +99,12 @@ def start_roles(config: Config, *, model_dir: str, learner: Learning) -> Roles:
         num_actors=config.generator.num_actors,
         restarts=config.generator.restarts,
         start_deadline_s=config.generator.start_deadline_s,
+        emit=emit,
     )
     roles = Roles(
         generators=generators,
-        scorers={kind: _scorer_pool(kind, config) for kind in pooled_kinds(config)},
-        judges=_judge_pool(config, model_dir) if has_own_judge(config) else None,
+        scorers={kind: _scorer_pool(kind, config, emit) for kind in pooled_kinds(config)},
+        judges=_judge_pool(config, model_dir, emit) if has_own_judge(config) else None,
         learner=learner,
     )
     for pool in (roles.generators, *roles.scorers.values(), roles.judges):
@@ -111,7 +114,7 @@ def start_roles(config: Config, *, model_dir: str, learner: Learning) -> Roles:
     return roles
 
 
-def _scorer_pool(kind: str, config: Config) -> ActorPool[Any, Any]:
+def _scorer_pool(kind: str, config: Config, emit: Emit) -> ActorPool[Any, Any]:
     scorer = replace(config.scorer, kind=kind)
     return ActorPool(
         role=kind,
@@ -120,10 +123,11 @@ def _scorer_pool(kind: str, config: Config) -> ActorPool[Any, Any]:
         num_actors=scorer.num_actors,
         restarts=scorer.restarts,
         start_deadline_s=scorer.start_deadline_s,
+        emit=emit,
     )
 
 
-def _judge_pool(config: Config, model_dir: str) -> ActorPool[Any, Any]:
+def _judge_pool(config: Config, model_dir: str, emit: Emit) -> ActorPool[Any, Any]:
     """Generators of the judge's own, whose weights are those of their folder for the whole run."""
     named = own_language_model(config)
     folder = model_dir if named is None else str(find_model(named, "judge.model"))
@@ -140,6 +144,7 @@ def _judge_pool(config: Config, model_dir: str) -> ActorPool[Any, Any]:
         num_actors=config.judge.num_actors,
         restarts=config.generator.restarts,
         start_deadline_s=config.generator.start_deadline_s,
+        emit=emit,
     )
 
 
@@ -168,8 +173,13 @@ def _start_generator(
 def _start_scorer(name: str, scorer: ScorerConfig, judge: JudgeConfig) -> Any:
     gpus = 0 if scorer.kind == "verifier" else judge.gpus_per_actor
     threads = max(1, int(scorer.cpus_per_actor))
+    # One call at a time runs in the main thread, the only one that math-verify can break off (by a signal).
+    alone = scorer.kind == "verifier" and scorer.verifier == "math"
     actor = ray.remote(ScorerActor).options(
-        num_cpus=scorer.cpus_per_actor, num_gpus=gpus, runtime_env=_environment(threads)
+        num_cpus=scorer.cpus_per_actor,
+        num_gpus=gpus,
+        max_concurrency=1 if alone else 2,
+        runtime_env=_environment(threads),
     )
     return actor.remote(name, scorer, judge)
 

@@ -197,11 +197,13 @@ class Run:
         with self._stage("start"):
             from launch.wiring import build_context
             from orchestrator.controller import Controller
+            from orchestrator.watchdog import Watchdog
 
             context = build_context(
                 config, self._inputs, model_dir, ledger=self._ledger, tracker=self._tracker, emit=self._events
             )
-        Controller(context).run()
+        with Watchdog(self._events, config.cluster.stall_s):
+            Controller(context).run()
         with self._stage("export"):
             from launch.export import export
 

@@ -46,11 +46,11 @@ def build_context(
     accounts, store = Accounts(ledger), Store(inputs.run_dir)
     archive = Archive(inputs.run_dir, accounts, emit)
     learning = _learning(config, inputs, model_dir, ledger, accounts, store, tracker, emit)
-    roles = start_roles(config, model_dir=str(model_dir), learner=learning)
+    roles = start_roles(config, model_dir=str(model_dir), learner=learning, emit=emit)
     _warn_of_padding(learning, tracker)
     publisher = Publisher(roles, accounts, config.cluster.publish_deadline_s)
     judges = Judges(config, roles, inputs, publisher)
-    judge, rollouts = judges.judge(), Rollouts(roles, config, tracker)
+    judge, rollouts = judges.judge(), Rollouts(roles, config, tracker, quarantined=accounts.quarantined())
     collector: Collector
     if config.search.kind == "mcts":
         collector = TreeCollector(config, rollouts, judge, store, inputs.tokenizer, judges.evaluator())
@@ -68,6 +68,7 @@ def build_context(
             archive=archive,
             ledger=ledger,
             accounts=accounts,
+            quarantined=rollouts.quarantined,
         ),
         judge=judge,
         examiner=judges.examiner(judge),

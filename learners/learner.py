@@ -15,6 +15,7 @@ from learners.saving import Saver
 from learners.trainer import Trainer
 from orchestrator.errors import DeadlineError
 from orchestrator.remote import fetch
+from orchestrator.stacks import Observable
 from orchestrator.weights import Probe, Publication, checksums, pack, version_of
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ _PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}
 seen to differ by 1.2e-4 in float32 and by 0.5 in bfloat16 (benchmarks/RESULTS.md); wrong weights, by whole units."""
 
 
-class Learner:
+class Learner(Observable):
     """Created with ``max_concurrency=4``: `progress` and `saved` answer while others run, which exclude each other."""
 
     def __init__(

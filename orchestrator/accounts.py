@@ -230,9 +230,11 @@ class Accounts:
             "INSERT OR IGNORE INTO quarantine VALUES (?, ?, ?, ?)", (prompt, iteration, reason, time.time())
         )
 
-    def quarantined(self, before: int) -> Mapping[str, str]:
-        """Prompts that were set aside before an iteration, and why."""
-        rows = self._db.execute("SELECT prompt, reason FROM quarantine WHERE iteration < ?", (before,))
+    def quarantined(self, before: int | None = None) -> Mapping[str, str]:
+        """Prompts that were set aside, and why; only those before an iteration where one is named."""
+        rows = self._db.execute(
+            "SELECT prompt, reason FROM quarantine WHERE ? IS NULL OR iteration < ?", (before, before)
+        )
         return {row["prompt"]: row["reason"] for row in rows}
 
 

@@ -54,8 +54,9 @@ class Evaluation:
 
     @property
     def sampled_completions(self) -> list[tuple[Prompt, Completion]]:
-        """What was sampled, for estimates of KL."""
-        return [(one.group.prompt, one.group.completions[0]) for one in self.sampled_answers]
+        """What was sampled, for estimates of KL; none of the prompts that were set aside."""
+        found = [(one.group.prompt, one.group.completions[0]) for one in self.sampled_answers]
+        return [(prompt, completion) for prompt, completion in found if completion.token_ids]
 
 
 def evaluate(

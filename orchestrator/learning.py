@@ -24,6 +24,7 @@ from orchestrator.events import Event, EventKind
 from orchestrator.queues import BatchQueue
 from orchestrator.remote import fetch, fetch_with_progress
 from orchestrator.seeds import derive_seed
+from orchestrator.waits import Peer, forget, introduce
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -83,13 +84,29 @@ class Learning:
         """Number of the policy version last published; staleness is counted from it."""
         self.steps = 0
         """Batches of the run that the weights which count contain."""
-        self.actor = start()
+        self.actor = self._begin()
         self._queue = BatchQueue.create(config.pipeline.queue_capacity)
 
     def wait_ready(self) -> None:
         """Waits until the learner is up. Raises DeadlineError or ActorLostError: it is not."""
-        deadline_s = self._config.learner.start_deadline_s
-        fetch(self.actor.ready.remote(), what="learner: start", deadline_s=deadline_s, knob="learner.start_deadline_s")
+        where = fetch(
+            self.actor.where.remote(),
+            what="learner: start",
+            deadline_s=self._config.learner.start_deadline_s,
+            knob="learner.start_deadline_s",
+        )
+        introduce(Peer(role="learner", name="learner", actor=self.actor, where=where))
+
+    def _begin(self) -> Any:
+        actor = self._start()
+        introduce(Peer(role="learner", name="learner", actor=actor, where=None))
+        return actor
+
+    def _begin_anew(self) -> None:
+        forget(self.actor)
+        ray.kill(self.actor)
+        self.actor = self._begin()
+        self.wait_ready()
 
     def call(self, method: str, *arguments: Any, what: str) -> Any:
         """Calls the learner as the last checkpoint that counts has it; one that dies meanwhile is replaced and asked.
@@ -317,9 +334,7 @@ class Learning:
             self._renew_queue()
             try:
                 if not self._lives():
-                    ray.kill(self.actor)
-                    self.actor = self._start()
-                    self.wait_ready()
+                    self._begin_anew()
                 came_from = self._go_back()
             except ActorLostError as again:
                 error = again
@@ -336,9 +351,7 @@ class Learning:
         """
         known = self._accounts.checkpoints()
         if not known:
-            ray.kill(self.actor)
-            self.actor = self._start()
-            self.wait_ready()
+            self._begin_anew()
             self.steps = 0
             return "the initial model"
         if self.restore() != known[-1]:

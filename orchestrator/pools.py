@@ -1,7 +1,11 @@
-"""Pools of equal actors: who works on what, who died, and how often that is forgiven.
+"""Pools of equal actors: who lives, who died, and how often that is forgiven.
 
-Work is split among the actors by position, the same way each time; an actor that dies is replaced, brought up to date
-by `on_start` (a generator gets the current weights there) and given its share again. Seeds make the second try draw
+    dead actor --> replaced in place, brought up to date, given its share again   the same share: the same results
+                   not within its deadline --> its slot is vacant                 its work moves to the others
+    vacant slot --> looked at before each `map` and `broadcast`, taken back when its new actor is up
+
+Work is split among the actors by position, the same way each time (`orchestrator/dispatch.py`). An actor that is
+started is brought up to date by `on_start` (a generator gets the current weights there). Seeds make a second try draw
 what the first one would have drawn.
 """
 
@@ -11,18 +15,25 @@ import time
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
 
+from orchestrator.dispatch import Dispatch
 from orchestrator.errors import ActorLostError, DeadlineError, PoolError
-from orchestrator.remote import fetch, last_words, unwrap
+from orchestrator.events import EventKind, ignore
+from orchestrator.remote import fetch
+from orchestrator.slots import Slot, told
+from orchestrator.waits import Peer, forget, introduce
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from orchestrator.dispatch import Poisoned
+    from orchestrator.events import Emit
+
 Work = TypeVar("Work")
 Result = TypeVar("Result")
 
-_TICK_S = 0.5
+_GLANCE_S = 0.2
+"""How long a wave waits for the new actor of a slot that was vacant before it."""
 
 
 class ActorPool(Generic[Work, Result]):
@@ -31,11 +42,13 @@ class ActorPool(Generic[Work, Result]):
     Args:
         role: what they are, for messages ("generator").
         section: of the configuration, whose `restarts` and `start_deadline_s` hold for them; None: `role`.
-        make: starts actor `index` and returns its handle; the actor has a `ready()` method.
+        make: starts actor `index` and returns its handle; the actor is an `orchestrator.stacks.Observable` with a
+            `ready()` method.
         num_actors: size of the pool.
-        restarts: deaths forgiven over the pool's life.
-        start_deadline_s: seconds until `ready()` and `on_start` must have answered.
-        on_start: run on each actor before it gets work, also on replacements; returns a reference to wait for.
+        restarts: deaths forgiven over the pool's life; those that a piece of work is to blame for are given back.
+        start_deadline_s: seconds until `ready()` must have answered.
+        on_start: run on each actor before it gets work, also on replacements; returns when it is done.
+        emit: told of actors that are lost, replaced or given up, and of work that is set aside.
     """
 
     def __init__(
@@ -46,8 +59,9 @@ class ActorPool(Generic[Work, Result]):
         num_actors: int,
         restarts: int,
         start_deadline_s: float,
-        on_start: Callable[[Any], Any] | None = None,
+        on_start: Callable[[Any], None] | None = None,
         section: str | None = None,
+        emit: Emit = ignore,
     ) -> None:
         self.role = role
         self._section = section or role
@@ -55,7 +69,20 @@ class ActorPool(Generic[Work, Result]):
         self.restarts_left = restarts
         self._make = make
         self._start_deadline_s = start_deadline_s
-        self.actors = [make(index) for index in range(num_actors)]
+        self._emit = emit
+        self.slots = [Slot(role=role, index=index) for index in range(num_actors)]
+        for slot in self.slots:
+            self._fill(slot)
+
+    @property
+    def living(self) -> list[Slot]:
+        """The slots that are not vacant."""
+        return [slot for slot in self.slots if slot.actor is not None]
+
+    @property
+    def actors(self) -> list[Any]:
+        """Handles of the actors that are not known to be dead."""
+        return [slot.actor for slot in self.living]
 
     def wait_ready(self) -> None:
         """Waits until every actor is up.
@@ -64,23 +91,36 @@ class ActorPool(Generic[Work, Result]):
             DeadlineError: one is not, within the start deadline.
             PoolError: one died on the way; trying again would meet the same cause.
         """
-        for index in range(len(self.actors)):
+        for slot in self.slots:
             try:
-                self._await_start(index)
+                self._await_start(slot, self._start_deadline_s)
             except ActorLostError as error:
                 raise PoolError(f"could not start: {error}") from error
 
     def broadcast(self, call: Callable[[Any], Any], *, what: str, deadline_s: float, knob: str) -> list[Any]:
-        """Calls every actor and returns their answers; an actor found dead is replaced first and asked again."""
-        refs = [call(actor) for actor in self.actors]
-        answers: list[Any] = []
-        while len(answers) < len(refs):
-            index = len(answers)
-            try:
-                answers.append(self._fetch(refs[index], index, what, deadline_s, knob))
-            except ActorLostError as error:
-                self._replace(index, error)
-                refs[index] = call(self.actors[index])
+        """Calls every actor and returns their answers; an actor found dead is replaced first and asked again.
+
+        A slot that is vacant, or stays so, is left out.
+
+        Raises:
+            DeadlineError: one did not answer.
+            PoolError: the restart budget is used up, or nobody is left.
+        """
+        end = time.monotonic() + deadline_s
+        self.fill_vacant(deadline_s)
+        refs = {slot.name: call(slot.actor) for slot in self.living}
+        answers = []
+        for slot in self.living:
+            while slot.actor is not None:
+                try:
+                    answers.append(
+                        fetch(refs[slot.name], what=f"{slot.name}: {what}", deadline_s=deadline_s, knob=knob)
+                    )
+                    break
+                except ActorLostError as error:
+                    self.report_lost(slot, error, what)
+                    if self.revive(slot, error, end - time.monotonic()):
+                        refs[slot.name] = call(slot.actor)
         return answers
 
     def map(
@@ -92,7 +132,8 @@ class ActorPool(Generic[Work, Result]):
         deadline_s: float,
         knob: str,
         on_tick: Callable[[], None] | None = None,
-    ) -> list[Result]:
+        keys: Sequence[str] | None = None,
+    ) -> list[Result | Poisoned]:
         """Splits `work` by position over the actors, and returns one result for each item, in order.
 
         Args:
@@ -102,58 +143,99 @@ class ActorPool(Generic[Work, Result]):
             deadline_s: seconds for all of it.
             knob: the configuration key that sets the deadline.
             on_tick: called about twice a second while waiting.
+            keys: of the items, those of one key live or die together: where a key's items kill their worker again and
+                again, each of them gives `Poisoned` in place of a result. None: nothing is ever set aside.
 
         Raises:
             DeadlineError: naming the actors that still owe results.
-            PoolError: the restart budget is used up.
+            PoolError: the restart budget is used up, or nobody is left.
+            LostObjectError: something that the work refers to is gone.
         """
-        end = time.monotonic() + deadline_s
-        count = len(self.actors)
-        results: list[Any] = [None] * len(work)
-        pending = {call(self.actors[i], list(work[i::count])): i for i in range(count) if work[i::count]}
-        while pending:
-            left = end - time.monotonic()
-            if left <= 0:
-                late = ", ".join(f"{self.role}-{index}" for index in sorted(pending.values()))
-                raise DeadlineError(
-                    f"{what}: {late} did not answer within {deadline_s:g} s. Raise {knob}, or ask for less."
-                )
-            ready, _ = ray.wait(list(pending), timeout=min(left, _TICK_S))
-            for ref in ready:
-                index = pending.pop(ref)
-                try:
-                    results[index::count] = ray.get(ref)
-                except RayActorError as error:
-                    self._replace(index, ActorLostError(last_words(error)))
-                    pending[call(self.actors[index], list(work[index::count]))] = index
-                except RayTaskError as error:
-                    raise unwrap(error) from None
-            if on_tick is not None:
-                on_tick()
-        return results
+        self.fill_vacant(deadline_s)
+        dispatch: Dispatch[Work, Result] = Dispatch(
+            self, call, work, what=what, deadline_s=deadline_s, knob=knob, keys=keys, emit=self._emit
+        )
+        return dispatch.run(on_tick)
 
-    def _fetch(self, ref: Any, index: int, what: str, deadline_s: float, knob: str) -> Any:
-        return fetch(ref, what=f"{self.role}-{index}: {what}", deadline_s=deadline_s, knob=knob)
+    def report_lost(self, slot: Slot, error: Exception, doing: str) -> None:
+        """Says that a slot's actor is dead, and sees to it that it is: one that only cannot be reached is killed."""
+        ray.kill(slot.actor)
+        forget(slot.actor)
+        self._emit(told(slot, EventKind.LOST, f"{slot} died: {doing}. Last words: {error}"))
 
-    def _await_start(self, index: int) -> None:
-        actor, deadline_s, knob = self.actors[index], self._start_deadline_s, f"{self._section}.start_deadline_s"
-        self._fetch(actor.ready.remote(), index, "start", deadline_s, knob)
-        if self.on_start is not None:
-            self._fetch(self.on_start(actor), index, "bring up to date", deadline_s, knob)
+    def revive(self, slot: Slot, error: Exception, left_s: float) -> bool:
+        """Starts a new actor in place of a dead one, for as long as the restart budget lasts.
 
-    def _replace(self, index: int, error: Exception) -> None:
-        """Starts a new actor in place of a dead one, for as long as the budget lasts."""
+        Args:
+            slot: whose actor was reported lost.
+            error: what it died of.
+            left_s: seconds that whoever needs it can wait, beside the start deadline.
+
+        Returns:
+            Whether the slot works again; otherwise it is vacant.
+
+        Raises:
+            PoolError: the restart budget is used up, or no other slot is left.
+        """
+        start, limit_s = time.monotonic(), max(_GLANCE_S, min(self._start_deadline_s, left_s))
         while True:
             if self.restarts_left == 0:
                 raise PoolError(
-                    f"{self.role}-{index} died and the restart budget ({self._section}.restarts) is used up. Last"
-                    f" words: {error}"
+                    f"{slot.name} died and the restart budget ({self._section}.restarts) is used up. Last words:"
+                    f" {error}"
                 ) from error
             self.restarts_left -= 1
-            self.actors[index] = self._make(index)
+            self._fill(slot)
             try:
-                self._await_start(index)
+                self._await_start(slot, limit_s)
             except ActorLostError as again:
                 error = again
+                self.report_lost(slot, error, "start")
+            except DeadlineError as late:
+                self._vacate(slot, late)
+                return False
             else:
-                return
+                self._tell_replaced(slot, start)
+                return True
+
+    def fill_vacant(self, left_s: float) -> None:
+        """Takes back the vacant slots whose new actor is up by now; one that died on the way is started again."""
+        for slot in self.slots:
+            if slot.actor is not None or not ray.wait([slot.candidate.ready.remote()], timeout=_GLANCE_S)[0]:
+                continue
+            start, slot.actor = time.monotonic(), slot.candidate
+            try:
+                self._await_start(slot, min(self._start_deadline_s, left_s))
+            except ActorLostError as error:
+                self.report_lost(slot, error, "start")
+                self.revive(slot, error, left_s)
+            except DeadlineError as late:
+                self._vacate(slot, late)
+            else:
+                self._tell_replaced(slot, start)
+
+    def _fill(self, slot: Slot) -> None:
+        slot.actor, slot.where = self._make(slot.index), None
+        introduce(Peer(role=self.role, name=slot.name, actor=slot.actor, where=None))
+
+    def _await_start(self, slot: Slot, limit_s: float) -> None:
+        actor, knob = slot.actor, f"{self._section}.start_deadline_s"
+        _, slot.where = fetch(
+            [actor.ready.remote(), actor.where.remote()], what=f"{slot.name}: start", deadline_s=limit_s, knob=knob
+        )
+        introduce(Peer(role=self.role, name=slot.name, actor=actor, where=slot.where))
+        if self.on_start is not None:
+            self.on_start(actor)
+
+    def _vacate(self, slot: Slot, late: DeadlineError) -> None:
+        slot.candidate, slot.actor = slot.actor, None
+        if not self.living:
+            raise PoolError(f"{slot.name} could not be replaced, and nobody else is left: {late}") from late
+        others = ", ".join(other.name for other in self.living)
+        text = f"{late} Its work goes to {others} until its new actor is up: is a machine gone?"
+        self._emit(told(slot, EventKind.MOVED, text))
+
+    def _tell_replaced(self, slot: Slot, start: float) -> None:
+        took, knob = time.monotonic() - start, f"{self._section}.restarts"
+        text = f"{slot} took its place after {took:.1f} s; {knob} has {self.restarts_left} left"
+        self._emit(told(slot, EventKind.REPLACED, text))

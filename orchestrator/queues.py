@@ -23,6 +23,7 @@ import ray
 
 from orchestrator.errors import QueueClosedError
 from orchestrator.remote import fetch
+from orchestrator.stacks import Observable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -119,7 +120,7 @@ class LeaseBuffer(Generic[Item]):
         self._queued = deque(sorted(merged, key=lambda entry: entry[0]))
 
 
-class QueueActor:
+class QueueActor(Observable):
     """`LeaseBuffer` behind asyncio: callers wait here for room or for work, with a deadline."""
 
     def __init__(self, capacity: int) -> None:

@@ -7,9 +7,10 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
-from orchestrator.errors import ActorLostError, AgonError, DeadlineError
+from orchestrator.errors import ActorLostError, AgonError, DeadlineError, LostObjectError
+from orchestrator.waits import owners, waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,34 +30,13 @@ def fetch(ref: Any, *, what: str, deadline_s: float, knob: str) -> Any:
         knob: the configuration key that sets the deadline.
 
     Raises:
-        DeadlineError: naming all three.
+        DeadlineError: naming all three, and the processes that owe the answer where they are known.
         ActorLostError: the actor's process died.
+        LostObjectError: the value, or something it was to be made from, died with the process that owned it.
         AgonError: the remote side raised one; it is passed on as itself.
     """
-    try:
-        return ray.get(ref, timeout=deadline_s)
-    except RayActorError as error:
-        raise ActorLostError(f"{what}: its process died: {last_words(error)}") from error
-    except GetTimeoutError:
-        raise DeadlineError(
-            f"{what}: no answer within {deadline_s:g} s. Raise {knob} if the work is really that long, else look at the"
-            " actor's log (`ray logs`, or the run's Ray folder)."
-        ) from None
-    except RayTaskError as error:
-        raise unwrap(error) from None
-
-
-def last_words(error: RayActorError) -> str:
-    """The line of a remote traceback that says what went wrong, and the lines that go on with it."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    lines = [line for line in lines if line and not _ADDRESS.fullmatch(line)]
-    start = max((index for index, line in enumerate(lines) if _RAISED.match(line)), default=len(lines) - 1)
-    return " ".join(lines[max(start, 0) :][:_LAST_LINES]) or repr(error)
-
-
-def unwrap(error: RayTaskError) -> Exception:
-    """The project's own error behind a Ray task error, or the Ray error with its remote stack."""
-    return error.cause if isinstance(error.cause, AgonError) else error
+    with waiting(what=what, knob=knob, deadline_s=deadline_s, refs=_listed(ref)):
+        return _get(ref, what=what, deadline_s=deadline_s, left_s=deadline_s, knob=knob)
 
 
 def fetch_with_progress(
@@ -64,9 +44,63 @@ def fetch_with_progress(
 ) -> Any:
     """Like `fetch`, and calls `on_tick` about every `tick_s` seconds while waiting."""
     end = time.monotonic() + deadline_s
-    while (left := end - time.monotonic()) > 0:
-        ready, _ = ray.wait([ref], timeout=min(tick_s, left))
-        if ready:
-            break
-        on_tick()
-    return fetch(ref, what=what, deadline_s=max(0.001, end - time.monotonic()), knob=knob)
+    with waiting(what=what, knob=knob, deadline_s=deadline_s, refs=[ref]):
+        while (left := end - time.monotonic()) > 0:
+            ready, _ = ray.wait([ref], timeout=min(tick_s, left))
+            if ready:
+                break
+            on_tick()
+        left_s = max(0.001, end - time.monotonic())
+        return _get(ref, what=what, deadline_s=deadline_s, left_s=left_s, knob=knob)
+
+
+def last_words(error: Exception) -> str:
+    """The line of a remote traceback that says what went wrong, and the lines that go on with it."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [line for line in lines if line and not _ADDRESS.fullmatch(line)]
+    start = max((index for index, line in enumerate(lines) if _RAISED.match(line)), default=len(lines) - 1)
+    return " ".join(lines[max(start, 0) :][:_LAST_LINES]) or repr(error)
+
+
+def unwrap(error: RayTaskError, what: str) -> Exception:
+    """The project's own error behind a Ray task error, or the Ray error with its remote stack.
+
+    Args:
+        error: as Ray raised it; an object that was lost on the way to the task becomes a LostObjectError.
+        what: what the task was to do.
+    """
+    cause: Exception = error.cause
+    if isinstance(cause, ObjectLostError):
+        return lost(cause, what)
+    return cause if isinstance(cause, AgonError) else error
+
+
+def lost(error: ObjectLostError, what: str) -> LostObjectError:
+    """The project's own error for bytes that nobody has any more."""
+    # Ray does not say which of a task's arguments was lost.
+    name = "an argument" if set(error.object_ref_hex) == {"f"} else f"object {error.object_ref_hex}"
+    return LostObjectError(
+        f"{what}: {name} died with the process or node that owned it"
+        f" ({type(error).__name__}); whoever has its source must make it again"
+    )
+
+
+def _get(ref: Any, *, what: str, deadline_s: float, left_s: float, knob: str) -> Any:
+    try:
+        return ray.get(ref, timeout=left_s)
+    except RayTaskError as error:  # first: Ray gives it the class of its cause as a second parent
+        raise unwrap(error, what) from None
+    except RayActorError as error:
+        raise ActorLostError(f"{what}: its process died: {last_words(error)}") from error
+    except ObjectLostError as error:
+        raise lost(error, what) from error
+    except GetTimeoutError:
+        named = ", ".join(map(str, owners(_listed(ref))))
+        raise DeadlineError(
+            f"{what}: no answer within {deadline_s:g} s{f' from {named}' * bool(named)}. Raise {knob} if the work is"
+            " really that long, else look at the actor's log (`ray logs`, or the run's Ray folder)."
+        ) from None
+
+
+def _listed(ref: Any) -> list[Any]:
+    return ref if isinstance(ref, list) else [ref]

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
+from orchestrator.dispatch import Poisoned
 from orchestrator.seeds import derive_seed
-from orchestrator.types import Completion, GenerationRequest, RolloutGroup, SamplingParams, ScoredGroup
+from orchestrator.types import Completion, FinishReason, GenerationRequest, RolloutGroup, SamplingParams, ScoredGroup
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from orchestrator.learning import Learning
     from orchestrator.pools import ActorPool
     from orchestrator.tracking import Tracker
-    from orchestrator.types import Prompt
+    from orchestrator.types import PolicyVersion, Prompt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,21 +91,30 @@ def make_groups(
 class Rollouts:
     """Samples through the pool of generators.
 
+    A prompt that kills its generators is set aside for the rest of the run. Its completions are aborted ones without
+    tokens, on which every judge abstains: it makes no pair, and counts as not solved where it is evaluated.
+
     Args:
         roles: the actors.
         config: deadlines and the run's seed.
         tracker: shown how far a wave is.
+        quarantined: prompts that an earlier process of the run set aside, and why.
     """
 
-    def __init__(self, roles: Roles, config: Config, tracker: Tracker) -> None:
+    def __init__(
+        self, roles: Roles, config: Config, tracker: Tracker, *, quarantined: Mapping[str, str] | None = None
+    ) -> None:
         self._roles = roles
         self._config = config
         self._tracker = tracker
+        self.quarantined = dict(quarantined or {})
+        """Ids of the prompts that were set aside, and why."""
 
     def sample(self, prompts: Sequence[Prompt], draws: Sequence[Draw]) -> list[list[RolloutGroup]]:
         """Completes all prompts for each draw, all in one wave; one list of groups a draw."""
         requests = [request for draw in draws for request in make_requests(prompts, draw, self._config.seed)]
-        completions = self.complete(requests, f"{draws[0].purpose}, iteration {draws[0].iteration}")
+        ids = [prompt.id for draw in draws for prompt in prompts for _ in range(draw.num_samples)]
+        completions = self.complete(requests, f"{draws[0].purpose}, iteration {draws[0].iteration}", prompt_ids=ids)
         groups, start = [], 0
         for draw in draws:
             size = draw.num_samples * len(prompts)
@@ -112,23 +122,58 @@ class Rollouts:
             start += size
         return groups
 
-    def complete(self, requests: Sequence[GenerationRequest], what: str) -> list[Completion]:
-        """Completes requests in their order, as one wave; `what` names it in messages."""
-        config, pool = self._config.generator, self._roles.generators
-        before = self._generated()
+    def complete(
+        self, requests: Sequence[GenerationRequest], what: str, *, prompt_ids: Sequence[str]
+    ) -> list[Completion]:
+        """Completes requests in their order, as one wave; those of quarantined prompts come back aborted.
+
+        Args:
+            requests: what is asked.
+            what: names the wave in messages.
+            prompt_ids: of each request, the prompt that it belongs to.
+        """
+        asked = [index for index, prompt_id in enumerate(prompt_ids) if prompt_id not in self.quarantined]
+        found: dict[int, Completion] = {}
+        for index, answer in zip(asked, self._ask(requests, asked, what, prompt_ids), strict=True):
+            if isinstance(answer, Poisoned):
+                self.quarantined[answer.key] = f"it killed {answer.deaths} generators: {answer.last_words}"
+            else:
+                found[index] = answer
+        if len(found) == len(requests):
+            return list(found.values())
+        aborted = Completion(
+            token_ids=(), text="", logprobs=(), finish_reason=FinishReason.ABORTED, policy=self._version()
+        )
+        return [found.get(index, aborted) for index in range(len(requests))]
+
+    def _ask(
+        self, requests: Sequence[GenerationRequest], asked: Sequence[int], what: str, prompt_ids: Sequence[str]
+    ) -> list[Completion | Poisoned]:
+        config, before = self._config.generator, self._generated()
 
         def show() -> None:
             completions, tokens = (now - then for now, then in zip(self._generated(), before, strict=True))
-            self._tracker.progress("collect", max(0, completions), len(requests), max(0, tokens))
+            self._tracker.progress("collect", max(0, completions), len(asked), max(0, tokens))
 
-        return pool.map(
+        return self._roles.generators.map(
             lambda actor, share: actor.generate.remote(share),
-            requests,
-            what=f"completing {len(requests)} requests ({what})",
+            [requests[index] for index in asked],
+            what=f"completing {len(asked)} requests ({what})",
             deadline_s=config.deadline_s,
             knob="generator.deadline_s",
             on_tick=show,
+            keys=[prompt_ids[index] for index in asked],
         )
+
+    def _version(self) -> PolicyVersion:
+        """The weights that the generators answer with."""
+        versions: list[PolicyVersion] = self._roles.generators.broadcast(
+            lambda actor: actor.version.remote(),
+            what="version of its weights",
+            deadline_s=self._config.generator.deadline_s,
+            knob="generator.deadline_s",
+        )
+        return versions[0]
 
     def _generated(self) -> tuple[int, int]:
         """Completions and tokens made so far by the actors that answer now; only drawn on the screen."""

@@ -6,9 +6,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from actors.judges.reliability import Reliability
+from orchestrator.dispatch import Poisoned
 from orchestrator.prompts import Renderer
 from orchestrator.tally import Tally
 from orchestrator.tasks.base import Problem
+from orchestrator.types import Score, ScoredGroup
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from orchestrator.pools import ActorPool
     from orchestrator.prompts import PromptTokenizer
     from orchestrator.tasks.base import Message
-    from orchestrator.types import Completion, GenerationRequest, PolicyVersion, RolloutGroup, ScoredGroup
+    from orchestrator.types import Completion, GenerationRequest, PolicyVersion, RolloutGroup
 
     Tokens = tuple[int, ...]
 
@@ -50,14 +52,19 @@ class PooledJudge:
         self._reliability = reliability
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
-        """See `Judge.score`."""
-        scored = self._pool.map(
+        """See `Judge.score`. Groups of a prompt whose completions kill their scorers are abstained on."""
+        answers = self._pool.map(
             lambda actor, share: actor.score.remote(share),
             groups,
             what=f"scoring {len(groups)} groups ({self.name})",
             deadline_s=self._deadline_s,
             knob="scorer.deadline_s",
+            keys=[group.prompt.id for group in groups],
         )
+        scored = [
+            _silent(group, answer, self.name) if isinstance(answer, Poisoned) else answer
+            for group, answer in zip(groups, answers, strict=True)
+        ]
         if self._reliability is not None:
             self._reliability.groups(scored)
         return scored
@@ -65,6 +72,11 @@ class PooledJudge:
     def metrics(self) -> Tally:
         """See `Judge.metrics`."""
         return Tally() if self._reliability is None else self._reliability.report()
+
+
+def _silent(group: RolloutGroup, poisoned: Poisoned, scorer: str) -> ScoredGroup:
+    reason = f"it killed {poisoned.deaths} scorers: {poisoned.last_words}"
+    return ScoredGroup(group=group, scores=(Score(value=None, reason=reason),) * len(group.completions), scorer=scorer)
 
 
 class PreviousPolicy:

@@ -105,7 +105,7 @@ class TreeCollector:
 
     def _simulate(self, leaves: list[tuple[PromptSearch, Node]], what: str) -> None:
         requests = [search.request(node, index) for index, (search, node) in enumerate(leaves)]
-        answers = self._rollouts.complete(requests, what)
+        answers = self._rollouts.complete(requests, what, prompt_ids=[search.prompt.id for search, _ in leaves])
         whole = [
             self._solution(search.tree, node, answer) for (search, node), answer in zip(leaves, answers, strict=True)
         ]

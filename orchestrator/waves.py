@@ -18,7 +18,7 @@ from orchestrator.store import read_pairs
 from orchestrator.tally import Tally
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from conf.schema import FilterConfig
     from orchestrator.accounts import Accounts
@@ -69,6 +69,7 @@ class Waves:
         archive: seals their files.
         ledger: whose transactions make a wave count.
         accounts: of the ledger.
+        quarantined: prompts that were set aside, and why; grows as more are.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Waves:
         archive: Archive,
         ledger: Ledger,
         accounts: Accounts,
+        quarantined: Mapping[str, str],
     ) -> None:
         self._collector = collector
         self._judge = judge
@@ -89,6 +91,7 @@ class Waves:
         self._archive = archive
         self._ledger = ledger
         self._accounts = accounts
+        self._quarantined = quarantined
 
     def collect(self, waves: Sequence[Wave]) -> Harvest:
         """The pairs of an iteration.
@@ -138,5 +141,7 @@ class Waves:
             self._archive.seal(wave.iteration, files)
             self._accounts.wave_scored(wave.iteration, wave.number, collected.scored, outcome)
             self._accounts.accept_pairs(wave.iteration, wave.number, pairs)
+            for prompt, reason in self._quarantined.items():
+                self._accounts.quarantine(prompt, wave.iteration, reason)
         self._archive.drop(self._store.path("samples", wave.iteration, wave.number))
         return pairs, tally, collected.tokens

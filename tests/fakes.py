@@ -1,5 +1,7 @@
 """Stand-ins for control-flow tests only."""
 
+import os
+
 import numpy as np
 
 from actors.engine import EngineOutput
@@ -65,3 +67,16 @@ class CountingEngine:
 
     def close(self):
         self.closed = True
+
+
+POISON = 666
+"""A token that no process survives."""
+
+
+class DyingEngine(CountingEngine):
+    """Kills its process at the first step that has `POISON` in a prompt."""
+
+    def step(self):
+        if any(POISON in request.prompt_token_ids for request, _ in self.running.values()):
+            os._exit(1)
+        return super().step()

@@ -23,6 +23,7 @@ from actors.judges.reliability import (
     truth_figures,
 )
 from conf.schema import JudgeConfig, ScorerConfig
+from orchestrator.dispatch import Poisoned
 from orchestrator.errors import ConfigError, JudgeError
 from orchestrator.scoring import PooledJudge
 from orchestrator.tally import Tally
@@ -300,6 +301,22 @@ def test_scorers_behind_actors_report_what_other_judges_do():
     figures = {"judge/abstained_fraction": pytest.approx(1 / 3), "judge/tie_fraction": 0, "judge/length_bias": 1}
     assert metrics(Reliability()) == (figures, {})
     assert metrics(None) == ({}, {})
+
+
+def test_groups_that_kill_their_scorers_are_abstained_on():
+    groups = [group_of("a", "b"), group_of("c", "d")]
+    fine = scores_of(groups[1], 1, 0)
+
+    class Pool:
+        def map(self, call, work, *, keys, **_):
+            return [Poisoned(key=keys[0], deaths=3, last_words="out of memory"), fine]
+
+    reliability = Reliability()
+    silent, other = PooledJudge("reward_model", Pool(), deadline_s=1, reliability=reliability).score(groups)
+    assert other == fine
+    assert silent.group == groups[0]
+    assert silent.scores == (Score(value=None, reason="it killed 3 scorers: out of memory"),) * 2
+    assert reliability.report()["judge/abstained_fraction"] == 0.5
 
 
 def test_calibration_error_is_zero_for_a_judge_as_sure_as_it_is_right():

@@ -19,7 +19,8 @@ LAYERS = [
         [
             *("conf*", "orchestrator.tasks*", "orchestrator.prompts", "orchestrator.pairing", "orchestrator.filters"),
             *("orchestrator.batching", "orchestrator.metrics", "orchestrator.files", "orchestrator.judging"),
-            *("orchestrator.tally", "actors.judges*", "actors.search*", "actors.engine"),
+            *("orchestrator.tally", "orchestrator.events", "orchestrator.waits"),
+            *("actors.judges*", "actors.search*", "actors.engine"),
             *("learners.preference*", "learners.loading", "learners.schedule"),
         ],
     ),
@@ -27,8 +28,9 @@ LAYERS = [
         "transports",
         [
             *("orchestrator.remote", "orchestrator.queues", "orchestrator.pools", "orchestrator.weights"),
+            *("orchestrator.dispatch", "orchestrator.slots", "orchestrator.stacks"),
             *("orchestrator.store", "orchestrator.ledger", "orchestrator.tracking", "orchestrator.summary"),
-            *("orchestrator.accounts", "orchestrator.archive", "orchestrator.events"),
+            *("orchestrator.accounts", "orchestrator.archive"),
         ],
     ),
     ("roles", ["actors*", "learners*"]),

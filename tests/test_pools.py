@@ -7,12 +7,16 @@ import time
 import pytest
 import ray
 
+from orchestrator.dispatch import Poisoned
 from orchestrator.errors import ConfigError, DeadlineError, PoolError
+from orchestrator.events import EventKind
 from orchestrator.pools import ActorPool
+from orchestrator.stacks import Observable
 
 
-class Worker:
-    """Squares numbers, once somebody has told it the version. A negative number kills it, the first time it is seen."""
+class Worker(Observable):
+    """Squares numbers, once somebody has told it the version. A negative number kills it, the first time it is seen;
+    666 each time."""
 
     def __init__(self, index, graves):
         self.index, self.graves, self.version = index, graves, None
@@ -30,6 +34,8 @@ class Worker:
             if number < 0 and not grave.exists():
                 grave.touch()
                 os._exit(1)
+            if number == 666:
+                os._exit(1)
             if number == 13:
                 raise ConfigError("thirteen is refused")
             if number == 99:
@@ -37,7 +43,7 @@ class Worker:
         return [(number * number, self.version) for number in numbers]
 
 
-class StillBorn:
+class StillBorn(Observable):
     def __init__(self):
         raise ValueError("no weights here")
 
@@ -45,22 +51,43 @@ class StillBorn:
         return 0
 
 
+def make_pool(graves, num_actors, **options):
+    events = []
+
+    def make(index):
+        return ray.remote(Worker).options(num_cpus=0.1).remote(index, graves)
+
+    options = {"make": make, "restarts": 3, "start_deadline_s": 60} | options
+    pool = ActorPool(role="worker", num_actors=num_actors, emit=events.append, **options)
+    pool.wait_ready()
+    return pool, events
+
+
 @pytest.fixture
 def pool(ray_cluster, tmp_path):
-    def make(index):
-        return ray.remote(Worker).options(num_cpus=0.1).remote(index, tmp_path)
-
-    pool = ActorPool(role="worker", make=make, num_actors=3, restarts=3, start_deadline_s=60)
-    pool.wait_ready()
-    pool.on_start = lambda actor: actor.learn.remote("v2")
+    pool, _ = make_pool(tmp_path, 3)
+    pool.on_start = lambda actor: ray.get(actor.learn.remote("v2"), timeout=60)
     pool.broadcast(lambda actor: actor.learn.remote("v1"), what="learn", deadline_s=30, knob="x")
     return pool
 
 
-def work(pool, numbers, deadline_s=30):
+def work(pool, numbers, deadline_s=30, keys=None):
     return pool.map(
-        lambda actor, share: actor.work.remote(share), numbers, what="squaring", deadline_s=deadline_s, knob="pool.knob"
+        lambda actor, share: actor.work.remote(share),
+        numbers,
+        what="squaring",
+        deadline_s=deadline_s,
+        knob="pool.knob",
+        keys=keys,
     )
+
+
+def squares(numbers):
+    return [(number * number, None) for number in numbers]
+
+
+def kinds(events):
+    return [event.kind.value for event in events]
 
 
 def test_results_stand_in_the_place_of_their_items(pool):
@@ -91,7 +118,9 @@ def test_a_used_up_budget_names_the_dead(pool):
 
 
 def test_a_late_answer_names_who_owes_it_and_the_key(pool):
-    with pytest.raises(DeadlineError, match=r"squaring: worker-2 did not answer within 2 s\. Raise pool\.knob"):
+    with pytest.raises(
+        DeadlineError, match=r"squaring: worker-2 \(pid \d+ on [\d.]+\) did not answer within 2 s\. Raise pool\.knob"
+    ):
         work(pool, [0, 1, 99], deadline_s=2)
 
 
@@ -111,3 +140,92 @@ def test_an_actor_that_cannot_start_is_not_tried_again(ray_cluster):
     with pytest.raises(PoolError, match=r"could not start: worker-0: start: .*no weights here"):
         pool.wait_ready()
     assert made == [0]
+
+
+def test_who_died_who_took_the_place_and_what_is_left_is_told(ray_cluster, tmp_path):
+    pool, events = make_pool(tmp_path, 2)
+    before = pool.slots[1].where
+    assert work(pool, [1, -2]) == squares([1, 2])
+    lost, replaced = events
+    assert (lost.kind, replaced.kind) == (EventKind.LOST, EventKind.REPLACED)
+    for event in events:
+        assert (event.role, event.actor, event.node) == ("worker", "worker-1", before.node)
+        assert event.failure == "infrastructure"
+    assert f"worker-1 (pid {before.pid} on {before.node}) died: squaring" in lost.text
+    assert f"worker-1 (pid {pool.slots[1].where.pid} on" in replaced.text
+    assert "worker.restarts has 2 left" in replaced.text
+    assert pool.slots[1].where.pid == ray.get(pool.actors[1].ready.remote()) != before.pid
+
+
+class Waiting(Worker):
+    """There is no room for it until somebody makes some."""
+
+    def __init__(self, index, graves):
+        while not (graves / "room").exists():
+            time.sleep(0.05)
+        super().__init__(index, graves)
+
+
+def test_work_moves_on_where_nobody_can_be_started_and_comes_back_where_somebody_can(ray_cluster, tmp_path):
+    kind = {"now": Worker}
+
+    def make(index):
+        return ray.remote(kind["now"]).options(num_cpus=0.1).remote(index, tmp_path)
+
+    pool, events = make_pool(tmp_path, 3, make=make, start_deadline_s=10)
+    kind["now"], pool._start_deadline_s = Waiting, 1
+    numbers = [1, -2, 3, 4, 5, 6, 7, 8]
+    assert work(pool, numbers) == squares(numbers)
+    assert kinds(events) == ["lost", "moved"]
+    assert events[1].actor == "worker-1"
+    assert "Its work goes to worker-0, worker-2" in events[1].text
+    assert (len(pool.actors), pool.restarts_left) == (2, 2)
+    numbers = list(range(20, 27))
+    assert work(pool, numbers) == squares(numbers)
+    assert pool.broadcast(lambda actor: actor.learn.remote("v1"), what="learn", deadline_s=30, knob="x") == ["v1"] * 2
+    (tmp_path / "room").touch()
+    assert ray.wait([pool.slots[1].candidate.ready.remote()], timeout=30)[0]
+    pool._start_deadline_s = 30
+    assert len(work(pool, numbers)) == 7
+    assert kinds(events) == ["lost", "moved", "replaced"]
+    assert (len(pool.actors), pool.restarts_left) == (3, 2)
+
+
+def test_a_pool_of_which_nobody_is_left_gives_up(ray_cluster, tmp_path):
+    kind = {"now": Worker}
+
+    def make(index):
+        return ray.remote(kind["now"]).options(num_cpus=0.1).remote(index, tmp_path)
+
+    pool, _ = make_pool(tmp_path, 1, make=make)
+    kind["now"], pool._start_deadline_s = Waiting, 1
+    with pytest.raises(PoolError, match=r"worker-0 could not be replaced, and nobody else is left: .*start_deadline_s"):
+        work(pool, [-1])
+
+
+def test_what_kills_its_workers_three_times_is_set_aside_and_nothing_else(ray_cluster, tmp_path):
+    """Its two items are in the work of both actors: whoever dies of them, the rest comes out as without them."""
+    pool, events = make_pool(tmp_path, 2)
+    numbers = [1, 2, 3, 4, 666, 666, 7, 8, 9, 10]
+    keys = [f"p{index // 2}" for index in range(10)]
+    found = work(pool, numbers, keys=keys, deadline_s=60)
+    first, second = found[4:6]
+    assert first == second
+    assert isinstance(first, Poisoned)
+    assert (first.key, first.deaths) == ("p2", 3)
+    assert found[:4] + found[6:] == squares(numbers[:4] + numbers[6:])
+    assert pool.restarts_left == 3
+    assert kinds(events).count("lost") == 3
+    (quarantined,) = [event for event in events if event.kind is EventKind.QUARANTINED]
+    assert quarantined.failure == "data"
+    assert "p2 is set aside" in quarantined.text
+    assert len(pool.actors) == 2
+
+
+def test_deaths_of_other_causes_set_nothing_aside(ray_cluster, tmp_path):
+    """Twice the worker dies of something that is gone the next time; then each key is alone, and nobody dies."""
+    pool, events = make_pool(tmp_path, 1)
+    numbers = [1, -2, 3, -4, 5]
+    assert work(pool, numbers, keys=list("abcde")) == squares(numbers)
+    assert kinds(events) == ["lost", "replaced"] * 2
+    assert pool.restarts_left == 1

@@ -1,0 +1,249 @@
+"""One wave of work over a pool: who works on what, and what becomes of work whose worker dies.
+
+    share of the work, by position --> its slot, one share at a time
+        worker died                --> the same share again, on the slot's new actor
+        its slot is vacant         --> split by position over the slots that live
+    keys that were in work at two deaths --> each alone with a worker
+        worker died again          --> that key, in work alone, is to blame: set aside
+
+A key is set aside only when it was alone with a worker that died by itself. Where a node was lost or an actor could
+not be reached, nothing is held against the work.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import ray
+from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError, RayTaskError
+
+from orchestrator.errors import ActorLostError, DeadlineError, FailureKind
+from orchestrator.events import EventKind
+from orchestrator.remote import last_words, unwrap
+from orchestrator.slots import told
+from orchestrator.waits import waiting
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from orchestrator.events import Emit
+    from orchestrator.pools import ActorPool
+    from orchestrator.slots import Slot
+
+Work = TypeVar("Work")
+Result = TypeVar("Result")
+
+_TICK_S = 0.5
+_SUSPECT_DEATHS = 2
+"""From so many deaths on, a key is given to a worker alone."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Poisoned:
+    """In place of a result: work that kills whoever does it.
+
+    Example: ``Poisoned(key="addition/train/17", deaths=3, last_words="Worker exit type: SYSTEM_ERROR ...")``
+    """
+
+    key: str
+    deaths: int
+    """Workers that died while it was in work; the last of them had nothing else."""
+    last_words: str
+    """Of that last one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Share:
+    positions: tuple[int, ...]
+    alone: bool = False
+    """Whether it is all items of one key, given to a worker that has nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Lost:
+    """A worker that died, and what it had."""
+
+    slot: Slot
+    share: _Share
+    error: ActorLostError
+    suspects: frozenset[str]
+    """Keys that may have killed it; none where it died of something else."""
+
+
+class Dispatch(Generic[Work, Result]):
+    """One call of `ActorPool.map`; its arguments are explained there."""
+
+    def __init__(
+        self,
+        pool: ActorPool[Work, Result],
+        call: Callable[[Any, list[Work]], Any],
+        work: Sequence[Work],
+        *,
+        what: str,
+        deadline_s: float,
+        knob: str,
+        keys: Sequence[str] | None,
+        emit: Emit,
+    ) -> None:
+        self._pool, self._call, self._work, self._keys, self._emit = pool, call, work, keys, emit
+        self._what, self._deadline_s, self._knob = what, deadline_s, knob
+        self._end = time.monotonic() + deadline_s
+        self._results: list[Any] = [None] * len(work)
+        self._queues: dict[str, deque[_Share]] = {slot.name: deque() for slot in pool.slots}
+        self._pending: dict[Any, tuple[Slot, _Share]] = {}
+        self._deaths: Counter[str] = Counter()
+        self._charged: list[frozenset[str]] = []
+        """The suspects of each death that the restart budget has paid for."""
+        self._poisoned: dict[str, Poisoned] = {}
+
+    def run(self, on_tick: Callable[[], None] | None) -> list[Result | Poisoned]:
+        """Works until every item has its result."""
+        self._spread(range(len(self._work)))
+        with waiting(what=self._what, knob=self._knob, deadline_s=self._deadline_s, refs=self._pending) as wait:
+            while self._dispatch():
+                wait.refs = list(self._pending)
+                left = self._end - time.monotonic()
+                if left <= 0:
+                    self._give_up()
+                if ray.wait(list(self._pending), timeout=min(left, _TICK_S))[0]:
+                    self._collect()
+                if on_tick is not None:
+                    on_tick()
+        return self._results
+
+    def _spread(self, positions: Sequence[int]) -> None:
+        """Queues items, split by position over the slots that live."""
+        living = self._pool.living
+        for index, slot in enumerate(living):
+            if part := tuple(positions[index :: len(living)]):
+                self._queues[slot.name].append(_Share(positions=part))
+
+    def _dispatch(self) -> bool:
+        """Gives each idle slot its next share; False when nothing is left to do."""
+        busy = {slot.name for slot, _ in self._pending.values()}
+        for slot in self._pool.living:
+            queue = self._queues[slot.name]
+            while queue and slot.name not in busy:
+                share = queue.popleft()
+                if positions := self._sound(share.positions):
+                    share = _Share(positions=positions, alone=share.alone)
+                    ref = self._call(slot.actor, [self._work[position] for position in positions])
+                    self._pending[ref] = slot, share
+                    break
+        return bool(self._pending)
+
+    def _give_up(self) -> None:
+        late = ", ".join(sorted(str(slot) for slot, _ in self._pending.values()))
+        raise DeadlineError(
+            f"{self._what}: {late} did not answer within {self._deadline_s:g} s. Raise {self._knob}, or ask for less."
+        )
+
+    def _collect(self) -> None:
+        """Takes what is done, and puts others in the place of the dead.
+
+        Whoever died meanwhile is looked at before any work is given out again: one key may have killed them all.
+        """
+        dead: list[_Lost] = []
+        while lost := self._take_ready():
+            self._charged += [death.suspects for death in lost]
+            for death in lost:
+                if death.share.alone and death.suspects - self._poisoned.keys():
+                    self._quarantine(death)
+            for death in lost:
+                self._pool.revive(death.slot, death.error, self._end - time.monotonic())
+            dead += lost
+        self._requeue(dead)
+
+    def _take_ready(self) -> list[_Lost]:
+        """Keeps the results that are there; returns who died instead."""
+        if not self._pending:
+            return []
+        lost = []
+        for ref in ray.wait(list(self._pending), num_returns=len(self._pending), timeout=0)[0]:
+            slot, share = self._pending.pop(ref)
+            try:
+                results = ray.get(ref)
+            except RayTaskError as error:
+                raise unwrap(error, self._what) from None
+            except RayActorError as error:
+                lost.append(self._bury(slot, share, error))
+            except ObjectLostError:
+                # The results lay on a node that died after they were made: nothing is wrong with the work.
+                self._queues[slot.name].appendleft(share)
+            else:
+                for position, result in zip(share.positions, results, strict=True):
+                    self._results[position] = result
+        return lost
+
+    def _bury(self, slot: Slot, share: _Share, error: RayActorError) -> _Lost:
+        """Reports a death and keeps what it says of the keys that were in work."""
+        words, suspects = ActorLostError(last_words(error)), frozenset[str]()
+        self._pool.report_lost(slot, words, self._what)
+        if self._keys is not None and isinstance(error, ActorDiedError) and _node_lives(slot):
+            keys = frozenset(self._keys[position] for position in share.positions)
+            if keys & self._poisoned.keys():  # it was in work here as well when it was found out elsewhere
+                self._pool.restarts_left += 1
+            else:
+                suspects = keys
+                self._deaths.update(keys)
+        return _Lost(slot=slot, share=share, error=words, suspects=suspects)
+
+    def _quarantine(self, death: _Lost) -> None:
+        """Sets a key aside, and gives back the deaths that it had a part in."""
+        (key,) = death.suspects
+        poisoned = Poisoned(key=key, deaths=self._deaths[key], last_words=str(death.error))
+        self._poisoned[key] = poisoned
+        self._pool.restarts_left += sum(key in suspects for suspects in self._charged)
+        self._charged = [suspects for suspects in self._charged if key not in suspects]
+        text = (
+            f"{key} is set aside: {death.slot} died as it worked on nothing else, after {poisoned.deaths - 1} that"
+            f" had it among their work. Last words: {poisoned.last_words}"
+        )
+        self._emit(told(death.slot, EventKind.QUARANTINED, text, FailureKind.DATA))
+
+    def _requeue(self, lost: Iterable[_Lost]) -> None:
+        """Queues the work of the dead again: what is under suspicion key by key, the rest where it was."""
+        alone: dict[str, list[int]] = {}
+        for death in lost:
+            rest = []
+            for position in self._sound(death.share.positions):
+                if self._keys is not None and self._deaths[self._keys[position]] >= _SUSPECT_DEATHS:
+                    alone.setdefault(self._keys[position], []).append(position)
+                else:
+                    rest.append(position)
+            if rest:
+                self._queues[death.slot.name].appendleft(_Share(positions=tuple(rest)))
+        living = self._pool.living
+        for index, positions in enumerate(alone.values()):
+            queue = self._queues[living[index % len(living)].name]
+            queue.append(_Share(positions=tuple(sorted(positions)), alone=True))
+        for slot in self._pool.slots:
+            if slot.actor is None:
+                queue, self._queues[slot.name] = self._queues[slot.name], deque()
+                for share in queue:
+                    self._move(share)
+
+    def _move(self, share: _Share) -> None:
+        """Gives a share of a vacant slot to the others."""
+        if share.alone:
+            self._queues[self._pool.living[0].name].append(share)
+        else:
+            self._spread(share.positions)
+
+    def _sound(self, positions: Iterable[int]) -> tuple[int, ...]:
+        """The items that are not set aside; those that are get their word in place of a result."""
+        if self._keys is None:
+            return tuple(positions)
+        for position in positions:
+            if found := self._poisoned.get(self._keys[position]):
+                self._results[position] = found
+        return tuple(position for position in positions if self._keys[position] not in self._poisoned)
+
+
+def _node_lives(slot: Slot) -> bool:
+    return slot.where is not None and any(
+        node["NodeID"] == slot.where.node_id and node["Alive"] for node in ray.nodes()
+    )

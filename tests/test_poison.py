@@ -1,0 +1,116 @@
+"""A prompt that kills its generators is set aside, and changes nothing for the others."""
+
+import pytest
+import ray
+
+from actors.engine_loop import EngineLoop
+from actors.generator import Generator
+from conf.compose import compose
+from orchestrator.dispatch import Poisoned
+from orchestrator.evaluation import accuracy, evaluate
+from orchestrator.events import EventKind
+from orchestrator.metrics import rollout_metrics
+from orchestrator.pools import ActorPool
+from orchestrator.rollouts import Draw, Roles, Rollouts, sampling_of
+from orchestrator.store import Store, read_rollouts
+from orchestrator.types import Completion, FinishReason, Prompt, Score, ScoredGroup
+from tests.fakes import POISON, DyingEngine
+from tests.records import V1
+
+
+class Fragile(Generator):
+    def __init__(self, name):
+        self.name = name
+        self._loop = EngineLoop(DyingEngine())
+        self._loop.version = V1
+
+
+class Quiet:
+    def progress(self, *_):
+        pass
+
+
+CONFIG = compose([])
+DRAW = Draw(purpose="rollout", iteration=1, num_samples=1, sampling=sampling_of(CONFIG.generator))
+
+
+def prompts(poisoned):
+    return [
+        Prompt(id=f"p{index}", text=str(index), token_ids=(1, POISON if index == poisoned else 2), answer="x")
+        for index in range(8)
+    ]
+
+
+@pytest.fixture
+def rollouts(ray_cluster):
+    events = []
+
+    def make(index):
+        return ray.remote(Fragile).options(num_cpus=0.1).remote(f"generator-{index}")
+
+    pool = ActorPool(role="generator", make=make, num_actors=2, restarts=3, start_deadline_s=60, emit=events.append)
+    pool.wait_ready()
+    roles = Roles(generators=pool, scorers={}, judges=None, learner=None, queue=None)
+    return Rollouts(roles, CONFIG, Quiet()), pool, events
+
+
+def test_a_prompt_that_kills_its_engine_is_set_aside_and_not_asked_again(rollouts):
+    rollouts, pool, events = rollouts
+    (clean,) = rollouts.sample(prompts(poisoned=None), [DRAW])
+    (groups,) = rollouts.sample(prompts(poisoned=5), [DRAW])
+    assert groups[5].completions == (
+        Completion(token_ids=(), text="", logprobs=(), finish_reason=FinishReason.ABORTED, policy=V1),
+    )
+    assert groups[:5] + groups[6:] == clean[:5] + clean[6:]
+    assert [event.kind for event in events].count(EventKind.LOST) == 3
+    (told,) = [event for event in events if event.kind is EventKind.QUARANTINED]
+    assert told.text.startswith("p5 is set aside: generator-")
+    assert pool.restarts_left == 3
+    assert list(rollouts.quarantined) == ["p5"]
+    assert rollouts.quarantined["p5"].startswith("it killed 3 generators: ")
+    deaths = len(events)
+    (again,) = rollouts.sample(prompts(poisoned=5), [DRAW])
+    assert again == groups
+    assert len(events) == deaths
+
+
+class Pool:
+    """Set aside is what belongs to p5; everything else is answered."""
+
+    actors = ()
+
+    def map(self, call, work, *, keys, **_):
+        answer = Completion(token_ids=(7, 2), text="x", logprobs=(0.0, 0.0), finish_reason=FinishReason.EOS, policy=V1)
+        return [Poisoned(key=key, deaths=3, last_words="gone") if key == "p5" else answer for key in keys]
+
+    def broadcast(self, call, **_):
+        return [V1]
+
+
+class Strict:
+    """Gives 1 to everything but what was aborted."""
+
+    def score(self, groups):
+        return [
+            ScoredGroup(group=group, scores=tuple(map(self.value, group.completions)), scorer="strict@1")
+            for group in groups
+        ]
+
+    def value(self, completion):
+        aborted = completion.finish_reason is FinishReason.ABORTED
+        return Score(value=None, reason="aborted") if aborted else Score(value=1.0)
+
+
+def test_what_was_set_aside_counts_as_not_solved_and_is_kept_with_the_reason(tmp_path):
+    roles = Roles(generators=Pool(), scorers={}, judges=None, learner=None, queue=None)
+    rollouts = Rollouts(roles, CONFIG, Quiet())
+    found = evaluate(rollouts, Strict(), prompts(poisoned=5), CONFIG, 1)
+    assert (found.greedy.value, found.sampled.value, found.greedy.n) == (7 / 8, 7 / 8, 8)
+    assert (found.abstained, found.tokens) == (2, 2 * 7 * 2)
+    assert [prompt.id for prompt, _ in found.sampled_completions] == ["p0", "p1", "p2", "p3", "p4", "p6", "p7"]
+    (groups,) = rollouts.sample(prompts(poisoned=5), [DRAW])
+    scored = Strict().score(groups)
+    assert accuracy(scored).value == 7 / 8
+    assert rollout_metrics(scored)["rollout/abstained_fraction"] == pytest.approx(1 / 8)
+    Store(tmp_path).write_rollouts(1, scored)
+    assert read_rollouts(tmp_path / "rollouts" / "iteration-0001.parquet") == scored
