@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from actors.engine import EngineOutput
-from orchestrator.errors import PublicationError
+from orchestrator.errors import ActorLostError, PublicationError
 from orchestrator.types import Completion, FinishReason, GenerationRequest, PolicyVersion
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class EngineLoop:
                     self._deliver(output)
             self._fail(RuntimeError("the engine was stopped"))
         except BaseException as error:  # noqa: BLE001 - an engine that dies must fail its callers, whatever killed it
-            self._fail(error)
+            self._fail(ActorLostError(f"its engine died: {type(error).__name__}: {error}"))
             if self._on_failure is not None:
                 self._on_failure(error)
         finally:

@@ -1,8 +1,8 @@
 """One wave of work over a pool: who works on what, and what becomes of work whose worker dies.
 
-    share of the work, by position --> its slot, one share at a time
+    share of the work, by key      --> its slot, one share at a time
         worker died                --> the same share again, on the slot's new actor
-        its slot is vacant         --> split by position over the slots that live
+        its slot is vacant         --> split over the slots that live
     keys that were in work at two deaths --> each alone with a worker
         worker died again          --> that key, in work alone, is to blame: set aside
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import ray
@@ -115,11 +116,18 @@ class Dispatch(Generic[Work, Result]):
         return self._results
 
     def _spread(self, positions: Sequence[int]) -> None:
-        """Queues items, split by position over the slots that live."""
-        living = self._pool.living
+        """Queues items, split over the slots that live: key by key, or one by one where there are no keys.
+
+        Items of one key go to one worker. What they share is then computed once there, and one that kills its worker
+        kills no other.
+        """
+        units: dict[Any, list[int]] = {}
+        for position in positions:
+            units.setdefault(position if self._keys is None else self._keys[position], []).append(position)
+        dealt, living = list(units.values()), self._pool.living
         for index, slot in enumerate(living):
-            if part := tuple(positions[index :: len(living)]):
-                self._queues[slot.name].append(_Share(positions=part))
+            if part := sorted(chain.from_iterable(dealt[index :: len(living)])):
+                self._queues[slot.name].append(_Share(positions=tuple(part)))
 
     def _dispatch(self) -> bool:
         """Gives each idle slot its next share; False when nothing is left to do."""
@@ -167,9 +175,12 @@ class Dispatch(Generic[Work, Result]):
             try:
                 results = ray.get(ref)
             except RayTaskError as error:
-                raise unwrap(error, self._what) from None
+                if not isinstance(cause := unwrap(error, self._what), ActorLostError):
+                    raise cause from None
+                lost.append(self._bury(slot, share, cause, by_itself=True))
             except RayActorError as error:
-                lost.append(self._bury(slot, share, error))
+                words = ActorLostError(last_words(error))
+                lost.append(self._bury(slot, share, words, by_itself=isinstance(error, ActorDiedError)))
             except ObjectLostError:
                 # The results lay on a node that died after they were made: nothing is wrong with the work.
                 self._queues[slot.name].appendleft(share)
@@ -178,11 +189,11 @@ class Dispatch(Generic[Work, Result]):
                     self._results[position] = result
         return lost
 
-    def _bury(self, slot: Slot, share: _Share, error: RayActorError) -> _Lost:
+    def _bury(self, slot: Slot, share: _Share, words: ActorLostError, *, by_itself: bool) -> _Lost:
         """Reports a death and keeps what it says of the keys that were in work."""
-        words, suspects = ActorLostError(last_words(error)), frozenset[str]()
+        suspects = frozenset[str]()
         self._pool.report_lost(slot, words, self._what)
-        if self._keys is not None and isinstance(error, ActorDiedError) and _node_lives(slot):
+        if self._keys is not None and by_itself and _node_lives(slot):
             keys = frozenset(self._keys[position] for position in share.positions)
             if keys & self._poisoned.keys():  # it was in work here as well when it was found out elsewhere
                 self._pool.restarts_left += 1

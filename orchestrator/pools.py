@@ -4,7 +4,7 @@
                    not within its deadline --> its slot is vacant                 its work moves to the others
     vacant slot --> looked at before each `map` and `broadcast`, taken back when its new actor is up
 
-Work is split among the actors by position, the same way each time (`orchestrator/dispatch.py`). An actor that is
+Work is split among the actors, the same way each time (`orchestrator/dispatch.py`). An actor that is
 started is brought up to date by `on_start` (a generator gets the current weights there). Seeds make a second try draw
 what the first one would have drawn.
 """
@@ -134,7 +134,7 @@ class ActorPool(Generic[Work, Result]):
         on_tick: Callable[[], None] | None = None,
         keys: Sequence[str] | None = None,
     ) -> list[Result | Poisoned]:
-        """Splits `work` by position over the actors, and returns one result for each item, in order.
+        """Splits `work` over the actors, and returns one result for each item, in order.
 
         Args:
             call: starts a share of the work on an actor; its reference gives as many results, in order.
@@ -143,8 +143,9 @@ class ActorPool(Generic[Work, Result]):
             deadline_s: seconds for all of it.
             knob: the configuration key that sets the deadline.
             on_tick: called about twice a second while waiting.
-            keys: of the items, those of one key live or die together: where a key's items kill their worker again and
-                again, each of them gives `Poisoned` in place of a result. None: nothing is ever set aside.
+            keys: of the items, those of one key go to one actor, and live or die together: where a key's items kill
+                their worker again and again, each of them gives `Poisoned` in place of a result. None: nothing is ever
+                set aside.
 
         Raises:
             DeadlineError: naming the actors that still owe results.

@@ -3,7 +3,7 @@
 import pytest
 
 from actors.engine_loop import EngineLoop
-from orchestrator.errors import PublicationError
+from orchestrator.errors import ActorLostError, PublicationError
 from orchestrator.types import FinishReason, GenerationRequest, PolicyVersion, SamplingParams
 from tests.fakes import CountingEngine
 
@@ -78,7 +78,7 @@ def test_a_dying_engine_fails_everybody(loop):
     engine_of(loop).fail_at_step = 0
     waves = [loop.submit([request(f"w{i}")]) for i in range(2)]
     for wave in waves:
-        with pytest.raises(RuntimeError, match="out of memory"):
+        with pytest.raises(ActorLostError, match="its engine died: RuntimeError: out of memory"):
             wave.result(5)
     with pytest.raises(RuntimeError, match="out of memory"):
         loop.submit([request("later")]).result(5)

@@ -50,7 +50,7 @@ def rollouts(ray_cluster):
 
     pool = ActorPool(role="generator", make=make, num_actors=2, restarts=3, start_deadline_s=60, emit=events.append)
     pool.wait_ready()
-    roles = Roles(generators=pool, scorers={}, judges=None, learner=None, queue=None)
+    roles = Roles(generators=pool, scorers={}, judges=None, learner=None)
     return Rollouts(roles, CONFIG, Quiet()), pool, events
 
 
@@ -102,7 +102,7 @@ class Strict:
 
 
 def test_what_was_set_aside_counts_as_not_solved_and_is_kept_with_the_reason(tmp_path):
-    roles = Roles(generators=Pool(), scorers={}, judges=None, learner=None, queue=None)
+    roles = Roles(generators=Pool(), scorers={}, judges=None, learner=None)
     rollouts = Rollouts(roles, CONFIG, Quiet())
     found = evaluate(rollouts, Strict(), prompts(poisoned=5), CONFIG, 1)
     assert (found.greedy.value, found.sampled.value, found.greedy.n) == (7 / 8, 7 / 8, 8)
@@ -112,5 +112,5 @@ def test_what_was_set_aside_counts_as_not_solved_and_is_kept_with_the_reason(tmp
     scored = Strict().score(groups)
     assert accuracy(scored).value == 7 / 8
     assert rollout_metrics(scored)["rollout/abstained_fraction"] == pytest.approx(1 / 8)
-    Store(tmp_path).write_rollouts(1, scored)
-    assert read_rollouts(tmp_path / "rollouts" / "iteration-0001.parquet") == scored
+    Store(tmp_path).write_rollouts(1, 0, scored)
+    assert read_rollouts(tmp_path / "rollouts" / "iteration-0001-wave-0000.parquet") == scored
