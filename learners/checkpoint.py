@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from learners import ranks
-from learners.manifest import FileRecord, check_content, check_sizes, record_of, write_manifest
+from learners.manifest import FILE_NAME, FileRecord, check_content, check_sizes, record_of, write_manifest
 from orchestrator.errors import ModelError
 from orchestrator.files import sync
 
@@ -152,6 +152,8 @@ class Checkpoint:
 
     def _verify(self) -> None:
         records = check_sizes(self.folder)
+        if FACTS not in records:
+            raise ModelError(f"{self.folder / FILE_NAME} is damaged, it does not name {FACTS}: put it back from a copy")
         check_content(self.folder, records, sorted(records)[ranks.rank() :: ranks.num_ranks()])
 
 

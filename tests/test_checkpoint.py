@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -14,6 +15,8 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
 
 from learners.checkpoint import Checkpoint, State, write_folder
 from learners.manifest import manifest_digest
@@ -81,6 +84,20 @@ def test_any_byte_that_is_lost_or_turned_is_told_with_its_file(tmp_path):
     Checkpoint(folder)
     (folder / "more.safetensors").write_bytes(b"")
     with pytest.raises(ModelError, match=r"more\.safetensors is not in manifest\.json"):
+        Checkpoint(folder)
+
+
+RECORDS = st.dictionaries(st.sampled_from(["size", "digest", "x"]), st.none() | st.integers() | st.text())
+NAMED = st.dictionaries(st.text() | st.just("trainer.json"), st.none() | st.lists(st.integers()) | RECORDS)
+
+
+@given(
+    content=st.binary() | st.fixed_dictionaries({"files": NAMED | st.integers()}).map(lambda v: json.dumps(v).encode())
+)
+def test_a_manifest_that_is_anything_else_is_refused(tmp_path_factory, content):
+    folder = tmp_path_factory.mktemp("saved")
+    (folder / "manifest.json").write_bytes(content)
+    with pytest.raises(ModelError, match=re.escape(str(folder))):
         Checkpoint(folder)
 
 
