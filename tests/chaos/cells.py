@@ -6,16 +6,19 @@ import json
 import os
 import subprocess
 import sys
-import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ray.cluster_utils import Cluster
+
 from launch.audit import audit
 from orchestrator.events import EventKind
-from tests.chaos.saboteur import FOLDER
+from tests.chaos.saboteur import FOLDER, register
 from tests.runs import overrides
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 RUN_S = 600.0
@@ -85,15 +88,36 @@ def play(cell: Cell, folder: Path, *, name: str, visit: int, engine: str, expect
     (chaos / "armed.json").write_text(json.dumps({"point": cell.point, "role": cell.role, "visit": visit}))
     environment = {FOLDER: str(chaos)}
     settings = overrides(folder, run_dir, engine=engine, **SETTINGS)
-    code = _run(["run", *settings], environment, may_fail=True)
-    resumed = []
-    while code and len(resumed) < MAX_RESUMES:
-        resumed.append(time.time())
-        code = _run(["run", "--resume", str(run_dir)], environment, may_fail=True)
-    return _outcome(run_dir, chaos, code, resumed, expected)
+    with nodes(chaos) if cell.role == "node" else nullcontext([]) as cluster:
+        code = _run(["run", *settings, *cluster], environment, may_fail=True)
+        resumes = 0
+        while code and resumes < MAX_RESUMES:
+            resumes += 1
+            code = _run(["run", "--resume", str(run_dir), *cluster], environment, may_fail=True)
+    return _outcome(run_dir, chaos, code, expected)
 
 
-def _outcome(run_dir: Path, chaos: Path, code: int, resumed: list[float], expected: dict[str, bytes]) -> Outcome:
+@contextmanager
+def nodes(chaos: Path) -> Iterator[list[str]]:
+    """A Ray cluster of a head without room for actors and two nodes with room for all of them; settings that use it."""
+    os.environ[FOLDER] = str(chaos)  # which the nodes hand on to their actors
+    room = {"num_cpus": 4, "object_store_memory": 128 << 20}
+    health = {"health_check_period_ms": 1000, "health_check_timeout_ms": 1000, "health_check_failure_threshold": 3}
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={**room, "num_cpus": 0, "include_dashboard": False, "_system_config": health},
+    )
+    try:
+        for name in ("a", "b"):
+            (raylet,) = cluster.add_node(**room).all_processes["raylet"]
+            register("node", name, raylet.process.pid)
+        yield [f"cluster.address={cluster.address}"]
+    finally:
+        cluster.shutdown()
+        del os.environ[FOLDER]
+
+
+def _outcome(run_dir: Path, chaos: Path, code: int, expected: dict[str, bytes]) -> Outcome:
     findings, recovery_s = [], float("nan")
     if code:
         findings.append(f"the run ended with code {code}: {(chaos / 'output.txt').read_text()[-2000:]}")

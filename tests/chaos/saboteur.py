@@ -27,11 +27,11 @@ ROLES = ("generator", "judge", "queue", "learner", "controller", "node")
 _visits: Counter[str] = Counter()
 
 
-def register(role: str, name: str = "") -> None:
-    """Notes this process as one of a role."""
+def register(role: str, name: str = "", pid: int | None = None) -> None:
+    """Notes a process, this one if no other is named, as one of a role."""
     folder = Path(os.environ[FOLDER]) / "pids"
     folder.mkdir(exist_ok=True)
-    (folder / f"{role}_{name}_{os.getpid()}").touch()
+    (folder / f"{role}_{name}_{pid or os.getpid()}").touch()
 
 
 def strike(point: str, *, delay_s: float = 0.0) -> None:
@@ -59,10 +59,16 @@ def strike(point: str, *, delay_s: float = 0.0) -> None:
 def kill(role: str, folder: Path) -> None:
     """Kills the newest living process of a role; its own process last of all."""
     victims = [pid for pid in _pids(folder, role) if psutil.pid_exists(pid)]
+    if role == "node":
+        victims.sort(key=_num_children)  # the one that has most of the actors dies
     if not victims:
         raise RuntimeError(f"nobody of role {role} lives")
     (folder / "fired.json").write_text(json.dumps({"role": role, "pid": victims[-1], "time": time.time()}))
     os.kill(victims[-1], signal.SIGKILL)
+
+
+def _num_children(pid: int) -> int:
+    return sum("ray::" in " ".join(child.cmdline()) for child in psutil.Process(pid).children())
 
 
 def _pids(folder: Path, role: str) -> list[int]:
