@@ -18,6 +18,7 @@ from orchestrator.publisher import Publisher
 from orchestrator.rollouts import Rollouts
 from orchestrator.searching import TreeCollector
 from orchestrator.store import Store
+from orchestrator.training import Training
 from orchestrator.waves import Waves
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def build_context(
     start_ray(config)
     accounts, store = Accounts(ledger), Store(inputs.run_dir)
     archive = Archive(inputs.run_dir, accounts, emit)
-    learning = _learning(config, inputs, model_dir, ledger, accounts, store, tracker, emit)
+    learning = _learning(config, inputs, model_dir, ledger, accounts, emit)
     roles = start_roles(config, model_dir=str(model_dir), learner=learning, emit=emit)
     _warn_of_padding(learning, tracker)
     publisher = Publisher(roles, accounts, config.cluster.publish_deadline_s)
@@ -74,6 +75,16 @@ def build_context(
         examiner=judges.examiner(judge),
         publisher=publisher,
         learning=learning,
+        training=Training(
+            config=config,
+            run_dir=inputs.run_dir,
+            learning=learning,
+            ledger=ledger,
+            accounts=accounts,
+            store=store,
+            tracker=tracker,
+            emit=emit,
+        ),
         prompts=inputs.prompts,
         test_prompts=inputs.test_prompts,
         store=store,
@@ -86,34 +97,17 @@ def build_context(
 
 
 def _learning(
-    config: Config,
-    inputs: Inputs,
-    model_dir: Path,
-    ledger: Ledger,
-    accounts: Accounts,
-    store: Store,
-    tracker: Tracker,
-    emit: Emit,
+    config: Config, inputs: Inputs, model_dir: Path, ledger: Ledger, accounts: Accounts, emit: Emit
 ) -> Learning:
+    prompts = [prompt.token_ids for prompt in inputs.test_prompts]
     start = partial(
         start_learner,
         config,
         model_dir=str(model_dir),
-        probe_token_ids=_probe(
-            [prompt.token_ids for prompt in inputs.test_prompts], min(PROBE_TOKENS, config.model.max_length)
-        ),
+        probe_token_ids=_probe(prompts, min(PROBE_TOKENS, config.model.max_length)),
         seeds=load_seeds(config, model_dir, inputs.tokenizer),
     )
-    return Learning(
-        config=config,
-        run_dir=inputs.run_dir,
-        start=start,
-        ledger=ledger,
-        accounts=accounts,
-        store=store,
-        tracker=tracker,
-        emit=emit,
-    )
+    return Learning(config=config, run_dir=inputs.run_dir, start=start, ledger=ledger, accounts=accounts, emit=emit)
 
 
 def _warn_of_padding(learning: Learning, tracker: Tracker) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from orchestrator.rollouts import Rollouts
     from orchestrator.store import Store
     from orchestrator.tracking import Tracker
+    from orchestrator.training import Training
     from orchestrator.types import Prompt
     from orchestrator.waves import Waves
 
@@ -42,6 +43,7 @@ class Context:
     """Its word is what evaluations report, and trains nothing unless the configuration makes it the judge as well."""
     publisher: Publisher
     learning: Learning
+    training: Training
     prompts: PromptStream
     test_prompts: Sequence[Prompt]
     """Held-out prompts, `evaluation.final_problems` of them or as many as there are."""

@@ -114,7 +114,7 @@ class Iteration:
             context.tracker.message(f"iteration {self._number}: no pair survived; nothing to train on")
             return False
         try:
-            results = context.learning.train(self._number, pairs)
+            results = context.training.run(self._number, pairs)
         except TrainingError as error:
             self._roll_back(str(error))
             return False

@@ -1,0 +1,203 @@
+"""The train stage: an iteration's pairs to optimizer steps, each batch exactly once.
+
+    plan batches -> [ feed the queue, train, save ] a segment of `learner.checkpoint_steps` batches -> acknowledge it
+
+A segment is the unit that is acknowledged or done again: its checkpoint and its batches count from one transaction on.
+A checkpoint is written while the next segment is trained on.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from conf.objectives import OBJECTIVES
+from orchestrator import batching
+from orchestrator.accounts import CheckpointRecord
+from orchestrator.errors import DeadlineError, FailureKind
+from orchestrator.events import Event, EventKind
+from orchestrator.learning import FOLDER
+from orchestrator.remote import fetch_with_progress
+from orchestrator.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from conf.schema import Config
+    from orchestrator.accounts import Accounts
+    from orchestrator.events import Emit
+    from orchestrator.learning import Learning
+    from orchestrator.ledger import Ledger
+    from orchestrator.store import Store
+    from orchestrator.tracking import Tracker
+    from orchestrator.types import PreferencePair, UpdateResult
+
+_PUT_SLICE_S = 1.0  # how long one put waits for room before the learner's health is looked at
+
+
+class Training:
+    """Trains the learner of a run, one iteration after the other.
+
+    Args:
+        config: of the run.
+        run_dir: its folder.
+        learning: the learner, and whoever takes its place.
+        ledger: whose transactions make training count.
+        accounts: of the ledger.
+        store: where batches that were skipped are written.
+        tracker: shown how far training is, and told what each step did.
+        emit: told of skipped batches and of what the learner changed to go on.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        run_dir: Path,
+        learning: Learning,
+        ledger: Ledger,
+        accounts: Accounts,
+        store: Store,
+        tracker: Tracker,
+        emit: Emit,
+    ) -> None:
+        self._config = config
+        self._run_dir = run_dir
+        self._learning = learning
+        self._ledger = ledger
+        self._accounts = accounts
+        self._store = store
+        self._tracker = tracker
+        self._emit = emit
+
+    def run(self, iteration: int, pairs: Sequence[PreferencePair]) -> list[UpdateResult]:
+        """Trains on the pairs of an iteration, and returns once all of it is on disk.
+
+        Returns:
+            What each batch did, those of an earlier process included.
+
+        Raises:
+            TrainingError: too many batches had to be skipped; the weights are of no use.
+            DeadlineError: a step or a save took too long.
+            PoolError: learner or queue died more often than `learner.restarts` allows.
+        """
+        batches = self._plan(iteration, pairs)
+        self._log(iteration, self._accounts.results(iteration))
+        self._learning.surviving(lambda: self._train(iteration, batches))
+        return self._accounts.results(iteration)
+
+    def _plan(self, iteration: int, pairs: Sequence[PreferencePair]) -> list[list[PreferencePair]]:
+        config = self._config
+        batches = [
+            part
+            for epoch in range(config.learner.epochs)
+            for part in batching.batches(
+                pairs,
+                batch_pairs=config.learner.batch_pairs,
+                seed=derive_seed(config.seed, "shuffle", iteration),
+                epoch=epoch,
+                whole_groups=OBJECTIVES[config.loss.name].unit == "group",
+            )
+        ]
+        with self._ledger.transaction():
+            self._accounts.plan_batches(iteration, batches)
+        return batches
+
+    def _train(self, iteration: int, batches: list[list[PreferencePair]]) -> None:
+        """From where the learner is to the last batch; any death on the way is the caller's to mend."""
+        done = self._learning.ask("begin_iteration", iteration, len(batches), what="begin the iteration")
+        every = self._config.learner.checkpoint_steps
+        written: tuple[CheckpointRecord, list[UpdateResult]] | None = None
+        while done < len(batches):
+            end = min(len(batches), done - done % every + every)
+            results = self._segment(iteration, batches, done, end)
+            if written:
+                self._acknowledge(*written)
+            written = (self._save(iteration, end, len(batches), results), results)
+            done = end
+        if written:
+            self._acknowledge(*written)
+
+    def _segment(self, iteration: int, batches: list[list[PreferencePair]], start: int, end: int) -> list[UpdateResult]:
+        training = self._learning.actor.train.remote(self._learning.queue, end - start)
+        self._feed(iteration, batches, start, end, training)
+        results: list[UpdateResult] = fetch_with_progress(
+            training,
+            what=f"learner: {end - start} optimizer steps",
+            deadline_s=self._config.learner.step_deadline_s * (end - start),
+            knob="learner.step_deadline_s",
+            on_tick=lambda: self._show(start, len(batches)),
+        )
+        for result in results:
+            self._report(iteration, result, batches[result.batch])
+        return results
+
+    def _feed(self, iteration: int, batches: list[list[PreferencePair]], start: int, end: int, training: Any) -> None:
+        """Puts packed batches into the queue as room appears, and stops as soon as the learner does."""
+        deadline_s, loss = self._config.learner.step_deadline_s, self._config.loss
+        mismatched = OBJECTIVES[loss.name].mismatched
+        for number in range(start, end):
+            packed = batching.pack(
+                batches[number], number=number, mismatched=mismatched, include_prompt=loss.include_prompt
+            )
+            self._accounts.issue_batch(iteration, number)
+            reference, give_up_at = ray.put(packed), time.monotonic() + deadline_s
+            while not self._learning.queue.put(reference, timeout_s=_PUT_SLICE_S):
+                self._show(start, len(batches))
+                if ray.wait([training], timeout=0)[0]:
+                    return
+                if time.monotonic() > give_up_at:
+                    raise DeadlineError(
+                        f"learner: took no batch from the queue within {deadline_s:g} s; raise learner.step_deadline_s"
+                        " if a step is really that long, or lower learner.batch_pairs"
+                    )
+
+    def _save(self, iteration: int, batches: int, total: int, results: list[UpdateResult]) -> CheckpointRecord:
+        """Has the learner copy its state, to be written while it goes on; it counts once it is acknowledged."""
+        name = f"iteration-{iteration:04d}" + (f"-batch-{batches:06d}" if batches < total else "")
+        self._learning.ask("save", str(self._run_dir / FOLDER / name), what=f"copy {name}")
+        return CheckpointRecord(
+            path=f"{FOLDER}/{name}", iteration=iteration, batches=batches, step=results[-1].step, digest=""
+        )
+
+    def _acknowledge(self, record: CheckpointRecord, results: list[UpdateResult]) -> None:
+        """Waits until a checkpoint is on disk, and makes it and its batches count; one on the way to it is removed."""
+        digest = self._learning.ask("saved", str(self._run_dir / record.path), what=f"write {record.path}")
+        record = replace(record, digest=digest)
+        before = [known for known in self._accounts.checkpoints() if known.iteration == record.iteration]
+        with self._ledger.transaction():
+            self._accounts.acknowledge(record, results)
+            for known in before:
+                if known.path != record.path:
+                    self._accounts.drop_checkpoint(known.path)
+        self._learning.steps = record.step
+        self._log(record.iteration, results)
+        self._learning.tidy()
+
+    def _log(self, iteration: int, results: Sequence[UpdateResult]) -> None:
+        for result in results:
+            metrics = {f"step/{name}": value for name, value in result.metrics.items()}
+            self._tracker.log(metrics, iteration=iteration, step=result.step)
+
+    def _report(self, iteration: int, result: UpdateResult, pairs: list[PreferencePair]) -> None:
+        for note in result.notes:
+            self._emit(Event(kind=EventKind.ADAPTED, iteration=iteration, role="learner", text=f"learner: {note}"))
+        if result.skipped:
+            path = self._store.write_skipped(iteration, result.batch, pairs)
+            self._emit(
+                Event(
+                    kind=EventKind.SKIPPED,
+                    iteration=iteration,
+                    role="learner",
+                    failure=FailureKind.DATA,
+                    text=f"batch {result.batch} of iteration {iteration} left the weights as they were:"
+                    f" {result.skipped}. Its pairs: {path}",
+                )
+            )
+
+    def _show(self, done: int, total: int) -> None:
+        self._tracker.progress("train", done + self._learning.ask("progress", what="progress"), total, 0)
