@@ -32,7 +32,7 @@ SETTINGS = {
     "pipeline__iterations": 3,
     "tracking": "disabled",
 }
-_VICTIM = "from tests.chaos.victim import main; main()"
+VICTIM = "from tests.chaos.victim import main; main()"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,7 +146,7 @@ def _recovered(run_dir: Path, died: float) -> float:
 
 
 def _run(arguments: list[str], environment: dict[str, str], *, may_fail: bool = False) -> int:
-    command = [sys.executable, "-c", _VICTIM] if environment else [sys.executable, "-m", "launch"]
+    command = [sys.executable, "-c", VICTIM] if environment else [sys.executable, "-m", "launch"]
     with open(f"{environment[FOLDER]}/output.txt" if environment else os.devnull, "a") as output:
         process = subprocess.Popen(
             [*command, *arguments], env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT

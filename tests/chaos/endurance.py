@@ -1,0 +1,180 @@
+"""Longer trials: a controller killed at random instants, and a run that loses somebody every minute for hours.
+
+python -m tests.chaos.endurance --kills 20          one sync run, its controller killed and resumed so many times
+python -m tests.chaos.endurance --soak-minutes 120  one run, a random role killed each minute; what it holds is flat
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import linear_regression, mean
+
+import psutil
+
+from launch.audit import audit
+from orchestrator.ledger import LedgerReader
+from tests.chaos.cells import SETTINGS, VICTIM, products
+from tests.chaos.saboteur import FOLDER, kill
+from tests.runs import overrides
+
+DEADLINE_S = 900.0
+"""Without a new stage for so long, a run is stuck."""
+SOAK_ROLES = ("generator", "judge", "queue", "learner", "controller")
+
+
+def start(arguments: list[str], chaos: Path) -> subprocess.Popen[bytes]:
+    """A run with a saboteur that is armed with nothing: its processes are known by their role."""
+    with open(chaos / "output.txt", "a") as output:
+        return subprocess.Popen(
+            [sys.executable, "-c", VICTIM, *arguments],
+            env=os.environ | {FOLDER: str(chaos)},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def stages(run_dir: Path) -> int:
+    """Stages that were begun in the run; 0 where there is no ledger yet."""
+    if not (run_dir / "ledger.sqlite").exists():
+        return 0
+    with LedgerReader(run_dir) as ledger:
+        return len(ledger.phases())
+
+
+def kill_controller(folder: Path, *, kills: int, engine: str, seed: int) -> int:
+    """Kills the controller at random instants, resumes each time, and compares the end with an undisturbed run's."""
+    lots = random.Random(seed)
+    settings = {**SETTINGS, "pipeline__iterations": kills}
+    run_dir, chaos, whole = folder / "killed", folder / "killed.chaos", folder / "whole"
+    chaos.mkdir(parents=True)
+    begun = time.monotonic()
+    start(["run", *overrides(folder, whole, engine=engine, **settings)], chaos).wait(DEADLINE_S)
+    took = time.monotonic() - begun
+    process = start(["run", *overrides(folder, run_dir, engine=engine, **settings)], chaos)
+    for number in range(kills):
+        known, instant = stages(run_dir), lots.uniform(0, took / kills + 5)
+        end = time.monotonic() + DEADLINE_S
+        while stages(run_dir) == known and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.1)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(instant)
+        process.kill()
+        code = process.wait()
+        begun = stages(run_dir)
+        print(f"kill {number + 1}: {instant:.1f} s into a stage, {begun} stages begun, code {code}", flush=True)
+        process = start(["run", "--resume", str(run_dir)], chaos)
+    code = process.wait(DEADLINE_S * kills)
+    found, same = audit(run_dir), products(run_dir) == products(whole)
+    print(found)
+    print(f"kills: {kills}, exit code {code}, pairs and weights {'identical' if same else 'DIFFERENT'}")
+    return int(bool(code or found.findings or not same))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """What is held at one moment; MiB where it is memory."""
+
+    seconds: float
+    controller_mib: float
+    queue_mib: float
+    descriptors: int
+    """Of the controller."""
+    processes: int
+    """Of the run's process tree."""
+    shared_mib: float
+    """Used in /dev/shm."""
+
+
+def soak(folder: Path, *, minutes: float, engine: str, seed: int) -> int:
+    """Kills a random role each minute. Figures of the controller are compared within the life of each controller."""
+    lots, run_dir, chaos = random.Random(seed), folder / "soak", folder / "soak.chaos"
+    chaos.mkdir(parents=True)
+    settings = {**SETTINGS, "pipeline__iterations": 100_000}
+    settings |= {f"{section}__restarts": 100_000 for section in ("generator", "scorer", "learner")}
+    process = start(["run", *overrides(folder, run_dir, engine=engine, **settings)], chaos)
+    shared = psutil.disk_usage("/dev/shm").used
+    kills, lives, end = 0, [[]], time.monotonic() + minutes * 60
+    while time.monotonic() < end:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+        if process.poll() is not None:
+            process = start(["run", "--resume", str(run_dir)], chaos)
+            lives.append([])
+            continue
+        lives[-1].append(measure(process.pid, chaos, shared))
+        # A controller dies once in ten minutes, so that there is something to see between its deaths.
+        role = "controller" if kills % 10 == 9 else lots.choice(SOAK_ROLES[:-1])
+        with suppress(RuntimeError, ProcessLookupError):
+            kill(role, chaos)
+            kills += 1
+        print(f"{role:<10} killed; {lives[-1][-1]}, {stages(run_dir)} stages", flush=True)
+    process.send_signal(signal.SIGINT)
+    code = process.wait(120)
+    time.sleep(10)
+    left = [p.pid for p in psutil.process_iter() if str(run_dir) in " ".join(p.cmdline() or [])]
+    found = audit(run_dir)
+    (folder / "soak.json").write_text(json.dumps([[asdict(sample) for sample in life] for life in lives]))
+    print(found)
+    for name in ("controller_mib", "queue_mib", "descriptors", "processes", "shared_mib"):
+        print(f"{name}: {describe(lives, name)}")
+    print(f"soak: {minutes:g} minutes, {kills} kills, exit code {code}, {len(left)} processes left")
+    return int(bool(found.findings or left or code != 130))
+
+
+def measure(pid: int, chaos: Path, shared: int) -> Sample:
+    """Looks at the controller, its queue and what they hold."""
+    controller = psutil.Process(pid)
+    queues = [int(path.name.rsplit("_", 1)[1]) for path in (chaos / "pids").glob("queue_*")]
+    alive = [psutil.Process(queue).memory_info().rss for queue in queues if psutil.pid_exists(queue)]
+    return Sample(
+        seconds=time.monotonic(),
+        controller_mib=controller.memory_info().rss / 2**20,
+        queue_mib=max(alive, default=0) / 2**20,
+        descriptors=controller.num_fds(),
+        processes=len(controller.children(recursive=True)),
+        shared_mib=(psutil.disk_usage("/dev/shm").used - shared) / 2**20,
+    )
+
+
+def describe(lives: list[list[Sample]], name: str) -> str:
+    """Mean, and growth an hour within the lives of controllers."""
+    slopes, values = [], []
+    for life in lives:
+        series = [getattr(sample, name) for sample in life[1:]]  # the first is still starting
+        values += series
+        if len(series) > 2:
+            slope, _ = linear_regression([sample.seconds for sample in life[1:]], series)
+            slopes.append(slope * 3600)
+    growth = f"{mean(slopes):+.1f} an hour over {len(slopes)} controllers" if slopes else "no life was long enough"
+    return f"mean {mean(values):.1f}, largest {max(values):.1f}, {growth}" if values else "never seen"
+
+
+def main() -> int:
+    """Runs one of the trials; 1 where it failed."""
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos.endurance")
+    parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--soak-minutes", type=float, default=0)
+    parser.add_argument("--engine", default="vllm", choices=("vllm", "transformers"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, help="folder for the runs; a temporary one if not given")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.keep or Path(temporary)
+        if options.kills:
+            return kill_controller(folder, kills=options.kills, engine=options.engine, seed=options.seed)
+        return soak(folder, minutes=options.soak_minutes, engine=options.engine, seed=options.seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
