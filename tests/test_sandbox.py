@@ -161,13 +161,23 @@ def jump(frame, event, arg):
 sys.settrace(jump)
 f = int
 """
+GUESS = """
+import os
+def f(x):
+    for n in range(3, 20):
+        try:
+            os.write(n, b'\\0\\0\\0\\x0e{"token": "x"}')
+        except OSError:
+            pass
+    os._exit(0)
+"""
 ATTACKS = {
     "leaves with success": ("import sys; sys.exit(0)", "SystemExit"),
     "leaves at once": ("import os; os._exit(0)", "exit code 0"),
     "leaves within the tests": ("import os\ndef f(x): os._exit(0)", "exit code 0"),
     "raises leaving within the tests": ("def f(x): raise SystemExit(0)", "SystemExit"),
     "prints success": ("print('{\"token\": true}')\nf = int", "AssertionError"),
-    "guesses the token": ('def f(x): import os; os.write(T, b\'\\0\\0\\0\\x0e{"token": "x"}\'); os._exit(0)', ""),
+    "guesses the token": (GUESS, "pipe that is not its own"),
     "skips asserts by tracing": (SKIP_ASSERTS, "AssertionError"),
     "patches builtins": ("import builtins as b\nb.compile = b.exec = b.len = lambda *a: 2\nf = int", "AssertionError"),
     "patches AssertionError": ("import builtins\nclass A(Exception): pass\nbuiltins.AssertionError = A\nf = int", ""),

@@ -68,8 +68,8 @@ class FunctionScorer:
                 self._process, version = self._start()
                 if version != self._version:
                     raise ConfigError(
-                        f"scorer.function={self._config.function}: its file was changed while the run goes on; scores of"
-                        " two functions are not to be mixed: put it back and resume, or start a new run"
+                        f"scorer.function={self._config.function}: its file was changed while the run goes on; scores"
+                        " of two functions are not to be mixed: put it back and resume, or start a new run"
                     )
             self._process.send(calls, time.monotonic() + self._limits.time_s)
             for index in waiting:
