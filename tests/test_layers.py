@@ -19,6 +19,7 @@ LAYERS = [
         [
             *("conf*", "orchestrator.tasks*", "orchestrator.prompts", "orchestrator.pairing", "orchestrator.filters"),
             *("orchestrator.batching", "orchestrator.metrics", "orchestrator.files", "orchestrator.judging"),
+            "orchestrator.printable",
             *("actors.judges*", "actors.sandbox*", "actors.search*", "actors.engine"),
             *("learners.preference*", "learners.loading", "learners.schedule"),
         ],
