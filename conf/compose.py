@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "config.yaml"
 """Of a run folder: its whole configuration."""
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring = 2, 200
 COMMAND_LINE = "command line"
 SCHEMA_DEFAULT = "schema default"
 _EXPECTED = {
@@ -192,7 +194,7 @@ def _assign(tree: DictConfig, setting: Setting) -> str | None:
         kind = knobs()[key].type
         optional = type(None) in getattr(kind, "__args__", ())
         expected = _EXPECTED[kind.__args__[0] if optional else kind] + (" or null" if optional else "")
-        return f"{key}: expected {expected}, found {'null' if value is None else reprlib.repr(value)}{_at(source)}"
+        return f"{key}: expected {expected}, found {'null' if value is None else _SHORT.repr(value)}{_at(source)}"
     return None
 
 
