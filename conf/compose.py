@@ -7,6 +7,8 @@ messages name it and `explain` can show it. Loads neither ray, torch nor vllm.
 
 from __future__ import annotations
 
+import os
+import reprlib
 from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
-from conf.layers import Setting, groups, knobs, packaged, read
+from conf.layers import UNREADABLE, Setting, fills_in, groups, knobs, packaged, read
 from conf.reads import unread
 from conf.schema import Config
 from conf.validate import Problem, problems
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "config.yaml"
 """Of a run folder: its whole configuration."""
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring = 2, 200
 COMMAND_LINE = "command line"
 SCHEMA_DEFAULT = "schema default"
 _EXPECTED = {
@@ -156,7 +160,7 @@ def _is_model_path(value: str) -> bool:
     choices = groups()["model"]
     if value in choices:
         return False
-    return "/" in value or Path(value).is_dir() or not get_close_matches(value, choices, n=1, cutoff=0.6)
+    return "/" in value or os.path.isdir(value) or not get_close_matches(value, choices, n=1, cutoff=0.6)
 
 
 def _read_value(key: str, text: str) -> Any:
@@ -168,7 +172,7 @@ def _read_value(key: str, text: str) -> Any:
         return text[1:-1] if quoted else text
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, *UNREADABLE):
         return text
 
 
@@ -177,13 +181,20 @@ def _assign(tree: DictConfig, setting: Setting) -> str | None:
     key, value, source = setting
     if key not in knobs():
         return _unknown(key) + _at(source)
+    if fills_in(value):
+        return (
+            f"{key}: `${{...}}` may name another key, as in ${{seed}}, and nothing else; a configuration is kept in the"
+            f" run folder, where variables of the environment have no place{_at(source)}"
+        )
     try:
+        if isinstance(value, list) and any(isinstance(each, list | dict | set | tuple) for each in value):
+            raise ValidationError("no key holds lists of lists")  # which aliases can make larger than any memory
         OmegaConf.update(tree, key, value)
     except OmegaConfBaseException:
         kind = knobs()[key].type
         optional = type(None) in getattr(kind, "__args__", ())
         expected = _EXPECTED[kind.__args__[0] if optional else kind] + (" or null" if optional else "")
-        return f"{key}: expected {expected}, found {'null' if value is None else repr(value)}{_at(source)}"
+        return f"{key}: expected {expected}, found {'null' if value is None else _SHORT.repr(value)}{_at(source)}"
     return None
 
 

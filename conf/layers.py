@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 FOLDER = Path(__file__).parent
+_OWN_KEY = re.compile(r"\$\{[A-Za-z0-9_.]+\}")
+UNREADABLE = (ValueError, KeyError, AttributeError, TypeError, RecursionError, OverflowError)
+"""What PyYAML raises beside its own errors: for tags on values that are none, dates that do not exist, endless digits,
+absurdly deep nesting."""
 
 
 class Setting(NamedTuple):
@@ -104,10 +109,10 @@ def read(path: Path, name: str, package: str = "") -> list[Setting]:
         ConfigError: the file cannot be read or is not a mapping; with its line.
     """
     try:
-        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8-sig"))
         root = loader.get_single_node()
         if root is not None and not isinstance(root, yaml.MappingNode):
-            raise ConfigError(f"{name}:{root.start_mark.line + 1}: expected `key: value` lines, found something else")
+            raise _not_a_key(name, root)
         return list(_leaves(loader, root, name, package.removeprefix("_global_"))) if root else []
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{name}: cannot be read ({error})") from error
@@ -115,11 +120,17 @@ def read(path: Path, name: str, package: str = "") -> list[Setting]:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{name}{line}: not YAML: {error.problem}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: not YAML: {error}") from error
+        raise ConfigError(f"{name}: not YAML: {' '.join(str(error).split())}") from error
+    except ConfigError:
+        raise
+    except UNREADABLE as error:
+        raise ConfigError(f"{name}: not usable YAML: {type(error).__name__}: {error}") from error
 
 
 def _leaves(loader: Any, node: Any, name: str, prefix: str) -> Iterator[Setting]:
     for key_node, value_node in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise _not_a_key(name, key_node)
         key = f"{prefix}.{key_node.value}" if prefix else str(key_node.value)
         if key == "defaults":
             continue
@@ -128,3 +139,13 @@ def _leaves(loader: Any, node: Any, name: str, prefix: str) -> Iterator[Setting]
         else:
             value = loader.construct_object(value_node, deep=True)
             yield Setting(key, value, f"{name}:{key_node.start_mark.line + 1}")
+
+
+def fills_in(value: Any) -> bool:
+    """Whether OmegaConf would fill in more than other keys: variables of the environment, and what else it resolves."""
+    texts = value if isinstance(value, list) else [value]
+    return any("${" in _OWN_KEY.sub("", text) for text in texts if isinstance(text, str))
+
+
+def _not_a_key(name: str, node: Any) -> ConfigError:
+    return ConfigError(f"{name}:{node.start_mark.line + 1}: expected `key: value` lines, found something else")

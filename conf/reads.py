@@ -101,7 +101,7 @@ RULES = [
     # The rule of the task is asked by a verifier that trains or evaluates, for the answers that a majority counts, and
     # when a tiny judge is made.
     Rule(
-        "scorer.verifier scorer.function scorer.marker",
+        "scorer.verifier scorer.function scorer.marker scorer.call_*",
         "scorer.kind",
         lambda c: "verifier" in pooled_kinds(c) or "majority" in judge_kinds(c) or _makes_judge(c),
         "evaluation.scorer=verifier",
@@ -111,6 +111,12 @@ RULES = [
         "scorer.verifier",
         lambda c: c.scorer.verifier == "final_answer",
         "scorer.verifier=final_answer",
+    ),
+    Rule(
+        "scorer.call_*",
+        "scorer.verifier",
+        lambda c: c.scorer.verifier in ("function", "tests"),
+        "scorer.verifier=function or tests",
     ),
     Rule(
         "scorer.num_actors scorer.cpus_per_actor scorer.restarts scorer.*deadline_s",

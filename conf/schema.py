@@ -132,8 +132,8 @@ class ScorerConfig:
     verifier: str = knob(
         "final_answer",
         "final_answer: text after the last marker; exact: the whole text; math: mathematical equality; "
-        "function: your own",
-        choices=("final_answer", "exact", "math", "function"),
+        "tests: the reference answer is Python that tests the completion's code; function: your own",
+        choices=("final_answer", "exact", "math", "tests", "function"),
     )
     marker: str = knob("#", "what the final answer follows (verifier=final_answer)")
     function: str | None = knob(None, "module.name of `f(prompt, completion, answer) -> float | None`")

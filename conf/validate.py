@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from conf.schema import Config
 
-NEEDS_ANSWERS = ("final_answer", "exact", "math")
+NEEDS_ANSWERS = ("final_answer", "exact", "math", "tests")
 """Verifiers that compare with a reference answer."""
 
 
@@ -107,6 +107,9 @@ def _inputs(config: Config) -> Iterator[Problem]:
             f"scorer.verifier={scorer.verifier}: needs reference answers, but task.answer_field is null: set it to the"
             f" field that holds them, or judge without answers: {without}"
         )
+        yield Problem("scorer.verifier", message)
+    if scorer.verifier == "tests" and task.kind != "prompts":
+        message = f"scorer.verifier=tests: the answers of task.kind={task.kind} are no Python: choose task=prompts"
         yield Problem("scorer.verifier", message)
     if scorer.verifier == "function" and not scorer.function:
         yield Problem("scorer.function", "scorer.function: scorer.verifier=function needs one, as module.name")

@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from orchestrator.errors import AgonError, ConfigError, UserError
+from orchestrator.printable import printable
 
 app = typer.Typer(
     name="agon",
@@ -34,6 +35,11 @@ ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", metavar="FILE", help="Start from a complete config, such as RUN/config.yaml."),
 ]
+
+
+def echo(text: str, *, err: bool = False) -> None:
+    """Prints a text that may hold words of others."""
+    typer.echo(printable(text), err=err)
 
 
 class Guided(TyperCommand):
@@ -96,9 +102,9 @@ def show_config(
 
     settings = explain(overrides or [], config)
     if as_json:
-        typer.echo(json.dumps([setting._asdict() for setting in settings], indent=2, ensure_ascii=False))
+        echo(json.dumps([setting._asdict() for setting in settings], indent=2, ensure_ascii=False))
     else:
-        typer.echo(annotated(settings))
+        echo(annotated(settings))
 
 
 @app.command()
@@ -117,7 +123,7 @@ def status(
     """Say how far a run is and what it achieved."""
     from launch.status import status as describe
 
-    typer.echo(describe(run_dir, as_json=as_json))
+    echo(describe(run_dir, as_json=as_json))
 
 
 @app.command()
@@ -145,7 +151,7 @@ def export(
     compose_resumed(run_dir, [])  # refuses at once what holds no run; the next import takes seconds
     from launch.export import export as write
 
-    typer.echo(write(run_dir, out, iteration))
+    echo(str(write(run_dir, out, iteration)))
 
 
 @app.command()
@@ -166,7 +172,7 @@ def generate(
     from launch.generate import generate as answer
 
     prompt = sys.stdin.read() if prompt == "-" else prompt
-    typer.echo(answer(str(folder), prompt, max_tokens=max_tokens, temperature=temperature, seed=seed))
+    echo(answer(str(folder), prompt, max_tokens=max_tokens, temperature=temperature, seed=seed))
 
 
 @app.command("train-judge")
@@ -226,7 +232,7 @@ def main() -> None:
     try:
         app()
     except AgonError as error:
-        typer.echo(f"error: {error}", err=True)
+        echo(f"error: {error}", err=True)
         sys.exit(2 if isinstance(error, UserError) else 1)
 
 

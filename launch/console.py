@@ -17,6 +17,7 @@ from rich.text import Text
 
 from launch.view import RunView, show_accuracy, show_seconds
 from orchestrator.metrics import read_accuracy
+from orchestrator.printable import printable
 from orchestrator.tracking import RunInfo, Tracker
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class LiveConsole(Tracker):
 
     def message(self, text: str) -> None:
         """Printed above the panel, where it stays."""
-        self._console.print(Text(text, style="yellow"))
+        self._console.print(Text(printable(text), style="yellow"))
 
     def finish(self, status: RunStatus) -> None:
         """Draws the last picture, which stays, and gives the terminal back."""
@@ -133,7 +134,7 @@ class LinesConsole(Tracker):
         self._write(f"{self._where(iteration)} {', '.join(figures)}")
 
     def message(self, text: str) -> None:
-        """As it is."""
+        """A line of its own."""
         self._write(text)
 
     def finish(self, status: RunStatus) -> None:
@@ -146,5 +147,5 @@ class LinesConsole(Tracker):
         return f"[{iteration}/{self._view.run.iterations if self._view.run else '?'}]"
 
     def _write(self, line: str) -> None:
-        self._stream.write(line + "\n")
+        self._stream.write(printable(line) + "\n")
         self._stream.flush()

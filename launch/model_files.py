@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from launch.safetensors_header import read_header as read_header  # its users know it from here
 from orchestrator.errors import ModelError
 from orchestrator.types import PolicyVersion
 
@@ -28,8 +29,7 @@ _FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 CAUSAL = ("CausalLM", "LMHeadModel")
 _HUB_TIMEOUT_S = 5.0
-MAX_HEADER_BYTES = 100 << 20
-"""The format's own limit."""
+_SHOWN = 200
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,9 +80,13 @@ def find_model(path: str, key: str = "model.path") -> Path:
         ModelError: neither is there, or the hub does not give it.
     """
     folder = Path(path)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
+    try:
+        if folder.is_dir():
+            return folder
+        is_there = folder.exists()
+    except OSError as error:  # such as a name that is longer than any file's may be
+        raise ModelError(f"{key}={path[:_SHOWN]}: cannot be looked for: {error.strerror}") from error
+    if is_there:
         raise ModelError(f"{key}={path}: a file; name the folder that holds config.json and the weights")
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ModelError(f"{key}={path}: no such folder (looked for {folder.absolute()})")
@@ -166,6 +170,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: cannot be read ({error})") from error
     except json.JSONDecodeError as error:
         raise ModelError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from error
+    except (RecursionError, ValueError) as error:  # absurdly deep nesting, or digits without end
+        raise ModelError(f"{path}: not usable JSON: {error}") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path}: expected a JSON object")
     return value
@@ -185,7 +191,11 @@ def read_shapes(folder: Path) -> dict[str, list[int]]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
-        shards = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+        names = weight_map.values() if isinstance(weight_map, dict) else []
+        strange = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+        if strange:
+            raise ModelError(f"{index}: names {strange[0]!r} as a file of weights: such must lie in the folder itself")
+        shards = sorted(set(names))
     elif (folder / "model.safetensors").is_file():
         shards = ["model.safetensors"]
     else:
@@ -212,31 +222,12 @@ def _no_weights(folder: Path) -> str:
     return f"{folder}: no weights (model.safetensors, or model.safetensors.index.json with its shards)"
 
 
-def read_header(path: Path) -> dict[str, list[int]]:
-    """Names and shapes of the tensors in a safetensors file. Raises ModelError when it is damaged or cut short."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if start == b"version ":
-            raise ModelError(f"{path}: a git-lfs pointer instead of the weights: run git lfs pull in that folder")
-        if len(start) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise ModelError(f"{path}: not a safetensors file, or cut short ({size} bytes): fetch it again")
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            shapes = {name: [int(size) for size in tensor["shape"]] for name, tensor in header.items()}
-            end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            raise ModelError(f"{path}: its safetensors header is damaged ({error!r}): fetch it again") from error
-    if end != size:
-        raise ModelError(f"{path}: {size} bytes, but its header promises {end}: cut short; fetch it again")
-    return shapes
-
-
 def _shape(path: Path, config: Mapping[str, Any], num_parameters: int) -> ModelShape:
     """Sizes under the names that model families give them; 0 where none is known."""
-    text = {**config, **config.get("text_config", {})}
+    part = config.get("text_config") or {}
+    if not isinstance(part, dict):
+        raise ModelError(f"{path}: text_config is {part!r}, expected an object")
+    text = {**config, **part}
 
     def find(*names: str, default: int = 0) -> int:
         name = next((name for name in names if text.get(name) is not None), None)

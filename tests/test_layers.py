@@ -19,8 +19,8 @@ LAYERS = [
         [
             *("conf*", "orchestrator.tasks*", "orchestrator.prompts", "orchestrator.pairing", "orchestrator.filters"),
             *("orchestrator.batching", "orchestrator.metrics", "orchestrator.files", "orchestrator.judging"),
-            *("orchestrator.tally", "orchestrator.events", "orchestrator.waits"),
-            *("actors.judges*", "actors.search*", "actors.engine"),
+            *("orchestrator.tally", "orchestrator.events", "orchestrator.waits", "orchestrator.printable"),
+            *("actors.judges*", "actors.sandbox*", "actors.search*", "actors.engine"),
             *("learners.preference*", "learners.loading", "learners.schedule"),
         ],
     ),

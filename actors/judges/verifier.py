@@ -1,4 +1,4 @@
-"""Judges by rule: a completion is right (1) or wrong (0), or gets what a function of yours says.
+"""Judges by rule: a completion is right (1) or wrong (0).
 
 The rules with a reference answer also ask that the completion ended by itself: one that was cut off is wrong, however
 it begins, since a policy would otherwise learn to ramble on after its answer. An aborted completion is nobody's fault
@@ -7,17 +7,13 @@ and is not judged.
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import logging
-import math
 import re
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import xxhash
-
+from actors.judges.unit_tests import TestScorer
+from actors.judges.user_function import FunctionScorer
 from orchestrator.errors import ConfigError
 from orchestrator.types import FinishReason, Score, ScoredGroup
 
@@ -29,8 +25,6 @@ if TYPE_CHECKING:
 
     Rule = Callable[[str, str], bool]
     """(text of the completion, reference answer) -> whether it is right; raises Undecided."""
-    Function = Callable[[str, str, str | None], float | None]
-    """(text of the prompt, text of the completion, reference answer) -> score, None to abstain."""
 
 MATH_TIMEOUT_S = 5
 _WORDS = re.compile(r"[A-Za-z][A-Za-z\s'-]+")
@@ -64,44 +58,19 @@ class RuleScorer:
             return Score(value=None, reason=str(undecided))
 
 
-class FunctionScorer:
-    """Asks a function of the user's; what it raises or returns amiss is an abstention with the reason."""
-
-    def __init__(self, name: str, function: Function) -> None:
-        self.name = name
-        self._function = function
-
-    def score(self, group: RolloutGroup) -> ScoredGroup:
-        """See `Scorer.score`."""
-        scores = tuple(self._judge(group.prompt, completion) for completion in group.completions)
-        return ScoredGroup(group=group, scores=scores, scorer=self.name)
-
-    def _judge(self, prompt: Prompt, completion: Completion) -> Score:
-        if completion.finish_reason is FinishReason.ABORTED:
-            return Score(value=None, reason="the completion was aborted")
-        try:
-            value = self._function(prompt.text, completion.text, prompt.answer)
-        except Exception as error:  # noqa: BLE001 - it is not our code, and whatever it raises says nothing of the text
-            return Score(value=None, reason=f"the function raised {type(error).__name__}: {error}")
-        if value is None:
-            return Score(value=None, reason="the function abstained")
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            return Score(value=None, reason=f"the function returned {value!r}, which is no finite number")
-        return Score(value=float(value))
-
-
-def build_verifier(config: ScorerConfig) -> RuleScorer | FunctionScorer:
+def build_verifier(config: ScorerConfig) -> RuleScorer | FunctionScorer | TestScorer:
     """The verifier of `scorer.verifier`. Raises ConfigError where it is not known or its function cannot be used."""
     if config.verifier == "function":
-        function, version = load_function(config.function)
-        return FunctionScorer(f"verifier:{config.function}@{version}", function)
+        return FunctionScorer(config)
+    if config.verifier == "tests":
+        return TestScorer(config)
     rules: dict[str, Rule] = {
         "final_answer": lambda text, answer: final_answer(text, answer, marker=config.marker),
         "exact": exact,
         "math": math_equal,
     }
     if config.verifier not in rules:
-        known = ", ".join([*rules, "function"])
+        known = ", ".join([*rules, "tests", "function"])
         raise ConfigError(f"scorer.verifier={config.verifier!r} is not known; choose one of {known}.")
     if config.verifier == "final_answer" and not config.marker:
         raise ConfigError("scorer.verifier=final_answer needs scorer.marker, the text that the final answer follows.")
@@ -148,31 +117,3 @@ def math_equal(text: str, answer: str) -> bool:
         return bool(verify(expected, found, timeout_seconds=limit, raise_on_error=True))
     except TimeoutException:
         raise Undecided(f"the comparison took over {MATH_TIMEOUT_S} s") from None
-
-
-def load_function(dotted: str | None) -> tuple[Function, str]:
-    """The function that `dotted` (module.name) names, and the digest of the file that it comes from.
-
-    Raises:
-        ConfigError: There is no such module or function, or it does not take three arguments.
-    """
-    module_name, _, name = (dotted or "").rpartition(".")
-    wanted = "scorer.function must be module.name of f(prompt, completion, answer) -> float | None"
-    if not module_name:
-        raise ConfigError(f"{wanted}; found {dotted!r}.")
-    try:
-        module = importlib.import_module(module_name)
-    except (ImportError, SyntaxError) as error:
-        raise ConfigError(
-            f"{wanted}; module {module_name!r} cannot be imported ({error}). Is its folder on PYTHONPATH?"
-        ) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        found = "has no such name" if function is None else f"has it as {type(function).__name__}, not as a function"
-        raise ConfigError(f"{wanted}; module {module_name!r} {found}: {name!r}.")
-    try:
-        inspect.signature(function).bind("prompt", "completion", "answer")
-    except TypeError as error:
-        raise ConfigError(f"{wanted}; {dotted} does not take these three arguments: {error}.") from error
-    source = Path(module.__file__).read_bytes() if module.__file__ else b""
-    return function, xxhash.xxh3_64_hexdigest(source)[:8]

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import DataError
+from orchestrator.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 KINDS = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a number", float: "a number"}
+MAX_LINE_BYTES = 16 << 20
 SHOWN = 60  # characters of a refused value that a message shows
 
 
@@ -65,8 +67,12 @@ def describe(value: object) -> str:
     """What a value is, for people: ``a number (3)``."""
     if value is None:
         return "null"
-    shown = json.dumps(value, ensure_ascii=False, default=str)
-    return f"{KINDS.get(type(value), type(value).__name__)} ({shown if len(shown) <= SHOWN else shown[:SHOWN] + '...'})"
+    kind = KINDS.get(type(value), type(value).__name__)
+    try:
+        shown = printable(json.dumps(value, ensure_ascii=False, default=str))
+    except RecursionError:  # it was read further up the stack
+        return f"{kind} (nested too deeply to be shown)"
+    return f"{kind} ({shown if len(shown) <= SHOWN else shown[:SHOWN] + '...'})"
 
 
 def read_records(path: Path) -> list[Record]:
@@ -78,9 +84,12 @@ def read_records(path: Path) -> list[Record]:
     readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if path.suffix not in readers:
         raise DataError(f"{path}: the name must end in .jsonl (one JSON object a line) or .parquet.")
-    if not path.exists():
-        raise DataError(f"{path}: there is no such file (looked for {path.absolute()}).")
     try:
+        if not path.exists():
+            raise DataError(f"{path}: there is no such file (looked for {path.absolute()}).")
+        if not path.is_file():
+            found = "a folder" if path.is_dir() else "a pipe or device, which may never end"
+            raise DataError(f"{path}: cannot be read: it is {found}; name a file.")
         records = list(readers[path.suffix](path))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
@@ -92,8 +101,10 @@ def read_records(path: Path) -> list[Record]:
 def _read_jsonl(path: Path) -> Iterator[Record]:
     """One record a line; blank lines are skipped, and a byte-order mark before the first."""
     with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
+        for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
             place = f"{path}, line {number}"
+            if len(raw) > MAX_LINE_BYTES:
+                raise DataError(f"{place}: is longer than {MAX_LINE_BYTES >> 20} MiB. Is each record on its own line?")
             line = _decode(raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw, place)
             if not line.strip():
                 continue

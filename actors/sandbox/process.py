@@ -1,0 +1,203 @@
+"""A confined process as its parent sees it: started, asked within a deadline, killed.
+
+    limits      address space, processor time, file size, open files; no new processes, no core files
+    sees        PATH, LANG, a HOME of its own, and no other variable of the environment; all files that the user may
+                read, none of which it can change where the kernel allows namespaces
+    reaches     no network, no other process
+
+docs/judges.md says what of this holds where the kernel or a container forbids a part of it; what was not to be had is
+logged once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import DeadlineError
+
+MAX_REPLY_BYTES = 1 << 16
+FORGED = "wrote into the pipe that is not its own"
+_ROOT = str(Path(__file__).parents[2])
+_START = "import sys; sys.path.insert(0, sys.argv[1]); from actors.sandbox.worker import main; del sys.path[0]; main()"
+_KEPT = ("PATH", "LD_LIBRARY_PATH")
+"""Variables without which a Python may not start; neither holds secrets."""
+_KILL_DEADLINE_S = 30.0
+_TICK_MS = 1000
+
+
+class Stopped(Exception):  # noqa: N818 - it is no error of ours, but what became of the code
+    """The process has ended or was killed; the argument says why, as the end of a sentence about the code."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What one confined process may take. Example: ``Limits(time_s=10.0, memory_mb=1024)``."""
+
+    time_s: float
+    """Of one call, or of one completion with its tests; also of its processor time, rounded up to seconds."""
+    memory_mb: int
+    """Address space, MiB."""
+
+
+class Confined:
+    """One confined process; whatever goes wrong with it ends it.
+
+    Args:
+        limits: of the process.
+        start_s: it must be ready after so long.
+        **first: what it is told of its work, beside the limits.
+
+    Raises:
+        Stopped: it did not start.
+    """
+
+    def __init__(self, limits: Limits, start_s: float, **first: Any) -> None:
+        work_dir = tempfile.mkdtemp(prefix="agon-sandbox-")
+        theirs_in, requests = os.pipe()
+        replies, theirs_out = os.pipe()
+        theirs_life, life = os.pipe()
+        theirs = (theirs_in, theirs_out, theirs_life)
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _START, _ROOT, *map(str, theirs)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=_environment(work_dir),
+                cwd=work_dir,
+                pass_fds=theirs,
+                start_new_session=True,
+            )
+        finally:
+            for descriptor in theirs:
+                os.close(descriptor)
+        self._process, self._requests, self._replies = process, requests, replies
+        self._end = weakref.finalize(self, _end, process, (requests, replies, life), work_dir)
+        self._read = bytearray()
+        os.set_blocking(requests, False)
+        os.set_blocking(replies, False)
+        deadline = time.monotonic() + start_s
+        cpu_s = int(limits.time_s) + 1
+        self.send({"work_dir": work_dir, "memory_mb": limits.memory_mb, "cpu_s": cpu_s, **first}, deadline)
+        self.lacking = tuple(self.receive(deadline)["lacking"])
+        """What of its confinement could not be had, for people."""
+        _warn_once(self.lacking)
+
+    @property
+    def pid(self) -> int:
+        """Its process id, and that of its process group."""
+        return self._process.pid
+
+    def send(self, message: Any, deadline: float) -> None:
+        """Sends a frame; `deadline` is of `time.monotonic`. Raises Stopped."""
+        body = json.dumps(message).encode()
+        rest = memoryview(len(body).to_bytes(4, "big") + body)
+        while rest:
+            self._wait(self._requests, select.POLLOUT, deadline)
+            try:
+                rest = rest[os.write(self._requests, rest) :]
+            except BlockingIOError:
+                continue
+            except BrokenPipeError:
+                raise self._ended() from None
+
+    def receive(self, deadline: float) -> dict[str, Any]:
+        """The next frame. Raises Stopped; also where it is none of ours."""
+        while len(self._read) < 4 or len(self._read) < 4 + self._length():
+            self._wait(self._replies, select.POLLIN, deadline)
+            data = os.read(self._replies, MAX_REPLY_BYTES)
+            if not data:
+                raise self._ended()
+            self._read += data
+        size = 4 + self._length()
+        body = bytes(self._read[4:size])
+        del self._read[:size]
+        try:
+            message = json.loads(body)
+        except (ValueError, RecursionError):
+            message = None
+        if not isinstance(message, dict):
+            raise self.stop(FORGED)
+        return message
+
+    def stop(self, why: str) -> Stopped:
+        """Kills the process; what is to be raised for it."""
+        self.close()
+        return Stopped(why)
+
+    def close(self) -> None:
+        """Kills the process and removes its folder; may be called again."""
+        self._end()
+
+    def _length(self) -> int:
+        length = int.from_bytes(self._read[:4], "big")
+        if length > MAX_REPLY_BYTES:
+            raise self.stop(FORGED)
+        return length
+
+    def _wait(self, descriptor: int, event: int, deadline: float) -> None:
+        poll = select.poll()
+        poll.register(descriptor, event)
+        while not poll.poll(max(0, min(_TICK_MS, (deadline - time.monotonic()) * 1000))):
+            if time.monotonic() >= deadline:
+                raise self.stop("ran out of time")
+
+    def _ended(self) -> Stopped:
+        """Why it ended by itself."""
+        try:
+            code = self._process.wait(_KILL_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            return self.stop("closed the pipe that is not its own")
+        if code == -signal.SIGXCPU:
+            return self.stop("ran out of processor time")
+        return self.stop(f"was ended by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}")
+
+
+def new_token() -> str:
+    """What nobody can guess."""
+    return secrets.token_hex(16)
+
+
+def _environment(work_dir: str) -> dict[str, str]:
+    kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
+    one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return {**kept, **one_thread, "LANG": "C.UTF-8", "HOME": work_dir, "TMPDIR": work_dir}
+
+
+def _end(process: subprocess.Popen[bytes], descriptors: tuple[int, ...], work_dir: str) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    try:
+        process.wait(_KILL_DEADLINE_S)
+    except subprocess.TimeoutExpired as error:
+        raise DeadlineError(
+            f"the sandbox process {process.pid} was killed and is still there after {_KILL_DEADLINE_S:g} s: the kernel"
+            " holds it, mostly for a file system that does not answer"
+        ) from error
+    shutil.rmtree(work_dir, ignore_errors=True)  # the code may have made what cannot be removed
+
+
+@cache
+def _warn_once(lacking: tuple[str, ...]) -> None:
+    if lacking:
+        logging.getLogger(__name__).warning(
+            "the sandbox of user code is weaker here than it should be: %s (docs/judges.md says what that leaves open)",
+            "; ".join(lacking),
+        )
