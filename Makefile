@@ -2,6 +2,7 @@
 #   make demo    watch a tiny model improve by self-play (SEED=0)
 #   make test    all tests with coverage
 #   make lint    ruff and mypy
+#   make chaos   every role dies at every point of a run, three times each
 #   make fuzz    a million damaged inputs against everything that reads files, configurations and verdicts
 #   make bench   benchmarks: ratios of two things measured in one run
 #   make lock    resolve requirements/*.txt anew
@@ -17,7 +18,7 @@ TORCH_FROM := $(if $(UV_FIND_LINKS),,--torch-backend cpu)
 COMPILE := $(UV) pip compile pyproject.toml --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 	--no-emit-index-url --no-emit-find-links --no-annotate --no-header --quiet --upgrade
 
-.PHONY: setup demo test lint format fuzz bench lock clean
+.PHONY: setup demo test lint format chaos fuzz bench lock clean
 
 setup: $(READY)
 
@@ -45,6 +46,9 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+chaos: $(READY)
+	$(BIN)/python -m tests.chaos
 
 fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz --inputs 1000000 --seed $(SEED)
