@@ -190,7 +190,7 @@ def _assign(tree: DictConfig, setting: Setting) -> str | None:
         if isinstance(value, list) and any(isinstance(each, list | dict | set | tuple) for each in value):
             raise ValidationError("no key holds lists of lists")  # which aliases can make larger than any memory
         OmegaConf.update(tree, key, value)
-    except OmegaConfBaseException:
+    except (OmegaConfBaseException, OverflowError):  # the latter for digits beyond any float
         kind = knobs()[key].type
         optional = type(None) in getattr(kind, "__args__", ())
         expected = _EXPECTED[kind.__args__[0] if optional else kind] + (" or null" if optional else "")

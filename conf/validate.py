@@ -293,7 +293,7 @@ def _devices(config: Config) -> Iterator[Problem]:
         key = "generator.tensor_parallel_size"
         yield Problem(key, f"{key}={shards}: needs generator.kind=vllm and generator.gpus_per_actor={shards}")
     for key, gpus in (("generator.gpus_per_actor", generator.gpus_per_actor), ("learner.gpus", learner.gpus)):
-        if gpus > 1 and gpus != int(gpus):
+        if gpus > 1 and not float(gpus).is_integer():
             yield Problem(key, f"{key}={gpus:g}: above 1, only whole GPUs can be reserved")
     if cluster.weight_transport != "object_store" and not (generator.gpus_per_actor and learner.gpus):
         message = (

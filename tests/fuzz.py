@@ -59,17 +59,17 @@ def attempt(run, case, tally, keep):
     except UserError:
         return
     except Hang:
-        kind = "hang"
+        kind, trace = "hang", traceback.format_exc()
     except AssertionError:
-        kind = "wrong"
+        kind, trace = "wrong", traceback.format_exc()
     except Exception:  # noqa: BLE001 - whatever it is, it is what is looked for
-        kind = "crash"
+        kind, trace = "crash", traceback.format_exc()
     finally:
         signal.alarm(0)
     tally.found[kind] += 1
     keep.mkdir(parents=True, exist_ok=True)
     number = sum(tally.found[each] for each in ("crash", "hang", "wrong"))
-    (keep / f"{run.__name__}-{kind}-{number}.txt").write_text(f"{case!r}\n\n{traceback.format_exc()}")
+    (keep / f"{run.__name__}-{kind}-{number}.txt").write_text(f"{case!r}\n\n{trace}")
 
 
 def fuzz(inputs, seed, keep, minutes=math.inf):

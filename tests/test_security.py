@@ -106,6 +106,21 @@ def test_a_configuration_is_not_filled_in_from_the_environment(override, monkeyp
         compose([], tmp_path / "c.yaml")
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("learner.gpus=1e999", r"learner\.gpus=inf: must be a finite number"),
+        ("loss.beta=" + "9" * 400, r"loss\.beta: expected a number"),
+        ("loss.beta=" + "9" * 5000, r"loss\.beta=inf: must be a finite number"),
+        ("seed=" + "9" * 400, r"seed=9+: must be at most"),
+    ],
+    ids=lambda text: text[:16],
+)
+def test_numbers_beyond_all_bounds_are_refused(override, words):
+    with pytest.raises(ConfigError, match=words):
+        compose([override])
+
+
 def test_a_configuration_may_refer_to_its_own_keys():
     assert compose(["tracking.project=${recipe.name}"]).tracking.project == "iterative_dpo"
 
