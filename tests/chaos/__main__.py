@@ -10,6 +10,7 @@ import argparse
 import math
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -25,31 +26,34 @@ def main() -> int:
     parser.add_argument("--cells", nargs="+", help='such as "learner while optimizer step"; all if not given')
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--engine", default="vllm", choices=("vllm", "transformers"))
+    parser.add_argument("--jobs", type=int, default=2, help="cells at once; two keep two cores busy")
     parser.add_argument("--keep", type=Path, help="folder for the runs; a temporary one if not given")
     options = parser.parse_args()
     cells = [cell for cell in every if not options.cells or str(cell) in options.cells]
     with tempfile.TemporaryDirectory() as temporary:
-        return play_all(cells, options.repetitions, options.engine, options.keep or Path(temporary))
+        return play_all(cells, options.repetitions, options.engine, options.keep or Path(temporary), options.jobs)
 
 
-def play_all(cells: list[Cell], repetitions: int, engine: str, folder: Path) -> int:
+def play_all(cells: list[Cell], repetitions: int, engine: str, folder: Path, jobs: int) -> int:
     """Prints a line a cell and the sums; returns the exit code."""
     folder.mkdir(parents=True, exist_ok=True)
     expected = reference_run(folder, engine)
-    every: list[Outcome] = []
-    for number, cell in enumerate(cells):
-        outcomes = [
+
+    def repeat(numbered: tuple[int, Cell]) -> list[Outcome]:
+        number, cell = numbered
+        return [
             play(cell, folder, name=f"{number:02d}-{visit}", visit=visit, engine=engine, expected=expected)
             for visit in range(1, repetitions + 1)
         ]
-        every += outcomes
-        seconds = [outcome.recovery_s for outcome in outcomes if not math.isnan(outcome.recovery_s)]
-        recovered = (
-            f"recovered after {median(seconds):.1f} s (at most {max(seconds):.1f})" if seconds else "no recovery"
-        )
-        print(f"{cell}: {recovered}", flush=True)
-        for outcome in outcomes:
-            for finding in outcome.findings:
+
+    every: list[Outcome] = []
+    with ThreadPoolExecutor(jobs) as pool:
+        for cell, outcomes in zip(cells, pool.map(repeat, enumerate(cells)), strict=True):
+            every += outcomes
+            seconds = [outcome.recovery_s for outcome in outcomes if not math.isnan(outcome.recovery_s)]
+            times = f"after {median(seconds):.1f} s (at most {max(seconds):.1f})" if seconds else "never"
+            print(f"{cell}: recovered {times}", flush=True)
+            for finding in (finding for outcome in outcomes for finding in outcome.findings):
                 print(f"    {finding}", flush=True)
     lost, repeated, stale = (sum(getattr(one, name) for one in every) for name in ("lost", "repeated", "stale"))
     print(f"chaos: {len(cells)} cells, {len(every)} runs, {lost} lost, {repeated} repeated, {stale} stale")
