@@ -31,6 +31,7 @@ from orchestrator.errors import ConfigError, FailureKind, kind_of
 from orchestrator.events import Event, EventKind, EventLog
 from orchestrator.files import atomic_file
 from orchestrator.ledger import Ledger, RunStatus
+from orchestrator.printable import printable
 from orchestrator.runlock import RunLock
 from orchestrator.summary import build_summary, write_summary
 from orchestrator.tracking import JsonlTracker, RunInfo, Tracker, Trackers
@@ -273,7 +274,7 @@ def _shown(folder: Path) -> Path:
 
 
 def _say(text: str, stream: Any = None) -> None:
-    print(text, file=stream or sys.stdout, flush=True)
+    print(printable(text), file=stream or sys.stdout, flush=True)
 
 
 def _ask(agon: str, model: Path, task: Task) -> str:

@@ -83,7 +83,7 @@ ROLLOUTS = _schema(
     [
         *_SAMPLE,
         _column("score", pa.float64(), "higher is better; null is an abstention", "scorer's own", nullable=True),
-        _column("score_reason", pa.string(), "why the scorer abstained; empty when it did not"),
+        _column("score_reason", pa.string(), "why the scorer abstained or the tests failed; may be empty"),
         _column("scorer", pa.string(), "name and version of the scorer"),
         _column(
             "preferences",

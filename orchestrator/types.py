@@ -146,7 +146,7 @@ class Score:
     value: float | None
     """Higher is better. None is an abstention: no label may be made from it."""
     reason: str = ""
-    """Why the scorer abstained; empty when it did not."""
+    """Why the scorer abstained, or why code under test failed; empty where there is nothing to say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
