@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import runlock, summary
 from orchestrator.errors import DataError
+from orchestrator.events import read_events
 from orchestrator.files import dump_json
 from orchestrator.ledger import FILE_NAME, LedgerReader, RunStatus
 
@@ -29,7 +31,7 @@ def status(run: Path, *, as_json: bool = False) -> str:
 
 
 def read_status(run: Path) -> dict[str, Any]:
-    """What `summary.json` will hold, from the ledger, with `run`, `state`, `phase` and `note`.
+    """What `summary.json` will hold, from the ledger, with `run`, `state`, `phase`, `events` and `note`.
 
     `state` is running, finished, interrupted, failed, or unknown (its process is on another machine, or nothing was
     recorded yet). A half-written run gives what is there.
@@ -48,7 +50,13 @@ def read_status(run: Path) -> dict[str, Any]:
         known, phases = _without_ledger(run, error, held_by), []
     state, note = _state(known.get("status"), held_by)
     phase = _phase(phases[-1]) if phases and state == RunStatus.RUNNING else None
-    return {"run": str(run), "state": state, "note": known.pop("note", None) or note, "phase": phase, **known}
+    events = read_events(run)
+    beside = {
+        "phase": phase,
+        "events": dict(Counter(event["kind"] for event in events)),
+        "last_event": events[-1]["text"].splitlines()[0] if events else None,
+    }
+    return {"run": str(run), "state": state, "note": known.pop("note", None) or note, **beside, **known}
 
 
 def _without_ledger(run: Path, error: DataError, held_by: runlock.Holder | None) -> dict[str, Any]:
@@ -120,6 +128,9 @@ def _render(found: Mapping[str, Any]) -> str:
         lines.append(("tokens", ", ".join(f"{stage} {count:,}" for stage, count in tokens.items())))
     if seconds := found.get("seconds"):
         lines.append(("time", ", ".join(f"{stage} {_clock(value)}" for stage, value in seconds.items())))
+    if found["events"]:
+        counts = ", ".join(f"{count} {kind}" for kind, count in found["events"].items())
+        lines.append(("events", f"{counts} (events.jsonl); the last: {found['last_event']}"))
     if found.get("checkpoint"):
         lines.append(("checkpoint", found["checkpoint"]))
     width = max(len(name) for name, _ in lines)

@@ -13,14 +13,15 @@ Keys: `time` (seconds since the epoch), `kind`, `text`, and where they are known
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from orchestrator.files import dump_json
+from orchestrator.files import cut_torn_line, dump_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -82,7 +83,10 @@ class EventLog:
     def __init__(self, run_dir: Path, show: Callable[[str], None]) -> None:
         self._show = show
         self._lock = threading.Lock()
-        self._file: TextIO = (run_dir / FILE_NAME).open("a", encoding="utf-8")
+        path = run_dir / FILE_NAME
+        if path.exists():
+            cut_torn_line(path)
+        self._file: TextIO = path.open("a", encoding="utf-8")
 
     def __call__(self, event: Event) -> None:
         """Writes an event; it is in the file when this returns."""
@@ -95,3 +99,10 @@ class EventLog:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def read_events(run_dir: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's events, oldest first; none where nothing happened."""
+    path = run_dir / FILE_NAME
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -42,6 +42,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def cut_torn_line(path: Path) -> None:
+    """Cuts what a killed writer left of a last line, so that the next one begins on a line of its own."""
+    with path.open("rb+") as file:
+        whole = file.read().rfind(b"\n") + 1
+        file.truncate(whole)
+
+
 def dump_json(value: Any, *, indent: int | None = None) -> str:
     """Strict JSON: figures that are not finite become null, since JSON has no word for them."""
     return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)

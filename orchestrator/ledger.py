@@ -170,19 +170,15 @@ class LedgerReader:
 
     def phases(self) -> list[PhaseRecord]:
         """Every phase, in the order in which they began."""
-        rows = self.db.execute(f"SELECT {_columns(PhaseRecord)} FROM phases ORDER BY rowid")
-        return [PhaseRecord(**{**row, "metrics": json.loads(row["metrics"])}) for row in rows]
+        return [_phase(row) for row in self.db.execute(f"SELECT {_columns(PhaseRecord)} FROM phases ORDER BY rowid")]
 
     def finished_phase(self, iteration: int, phase: str) -> PhaseRecord | None:
         """A phase that was done; None where it was not."""
-        return next(
-            (
-                known
-                for known in self.phases()
-                if (known.iteration, known.phase) == (iteration, phase) and known.seconds is not None
-            ),
-            None,
-        )
+        row = self.db.execute(
+            f"SELECT {_columns(PhaseRecord)} FROM phases WHERE iteration = ? AND phase = ? AND seconds IS NOT NULL",
+            (iteration, phase),
+        ).fetchone()
+        return row and _phase(row)
 
     def finished(self) -> list[FinishedIteration]:
         """Every iteration that counts, in order."""
@@ -322,6 +318,10 @@ class Ledger(LedgerReader):
     def unfinish_iterations(self, after: int) -> None:
         """Iterations behind `after` do not count any more: what they stood on is lost."""
         self.db.execute("DELETE FROM iterations WHERE iteration > ?", (after,))
+
+
+def _phase(row: sqlite3.Row) -> PhaseRecord:
+    return PhaseRecord(**{**row, "metrics": json.loads(row["metrics"])})
 
 
 def _dump(metrics: Mapping[str, float]) -> str:

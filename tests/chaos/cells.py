@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ray.cluster_utils import Cluster
 
 from launch.audit import audit
-from orchestrator.events import EventKind
+from orchestrator.events import EventKind, read_events
 from tests.chaos.saboteur import FOLDER, register
 from tests.runs import overrides
 
@@ -141,8 +141,8 @@ def _outcome(run_dir: Path, chaos: Path, code: int, expected: dict[str, bytes]) 
 
 def _recovered(run_dir: Path, died: float) -> float:
     kinds = (EventKind.REPLACED, EventKind.RESUMED)
-    lines = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
-    return min((line["time"] for line in lines if line["kind"] in kinds and line["time"] > died), default=float("nan"))
+    times = (event["time"] for event in read_events(run_dir) if event["kind"] in kinds and event["time"] > died)
+    return min(times, default=float("nan"))
 
 
 def _run(arguments: list[str], environment: dict[str, str], *, may_fail: bool = False) -> int:
