@@ -216,7 +216,7 @@ class Iteration:
         scores = {
             done.checkpoint: done.metrics["eval/greedy_value"]
             for done in context.ledger.finished()
-            if "eval/greedy_value" in done.metrics
+            if "eval/greedy_value" in done.metrics and not done.metrics.get(ROLLED_BACK)
         }
         best = max(known, key=lambda record: scores.get(record.path, -math.inf), default=None)
         for record in known[: -context.config.pipeline.keep_checkpoints]:

@@ -131,7 +131,6 @@ class Learning:
     def _give_up_checkpoint(self, record: CheckpointRecord, error: ModelError) -> None:
         known = self._accounts.checkpoints()
         before = known[known.index(record) - 1] if known.index(record) else None
-        good = before.iteration if before else 0
         self._emit(
             Event(
                 kind=EventKind.DAMAGED,
@@ -143,7 +142,7 @@ class Learning:
         )
         with self._ledger.transaction():
             self._accounts.rewind(before)
-            self._ledger.unfinish_iterations(good if before is None or record.iteration > good else good - 1)
+            self._ledger.unfinish_iterations(after=before.iteration if before else 0)
 
     def tidy(self) -> None:
         """Removes folders of checkpoints that do not count."""

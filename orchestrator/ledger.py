@@ -284,12 +284,6 @@ class Ledger(LedgerReader):
             (seconds, tokens, _dump(metrics or {}), iteration, phase),
         )
 
-    def forget_phases(self, iteration: int, *phases: str) -> None:
-        """Phases of an iteration, and all phases of those behind it but `collect`, are to be done again."""
-        marks = ", ".join("?" for _ in phases)
-        self.db.execute(f"DELETE FROM phases WHERE iteration = ? AND phase IN ({marks})", (iteration, *phases))
-        self.db.execute("DELETE FROM phases WHERE iteration > ? AND phase <> 'collect'", (iteration,))
-
     def finish_iteration(
         self,
         iteration: int,
@@ -316,8 +310,9 @@ class Ledger(LedgerReader):
         self.db.execute("INSERT INTO iterations VALUES (?, ?, ?, ?, ?, ?, ?)", values)
 
     def unfinish_iterations(self, after: int) -> None:
-        """Iterations behind `after` do not count any more: what they stood on is lost."""
+        """Iterations behind `after`, and their stages but `collect`, do not count any more: what they stood on is lost."""
         self.db.execute("DELETE FROM iterations WHERE iteration > ?", (after,))
+        self.db.execute("DELETE FROM phases WHERE iteration > ? AND phase <> 'collect'", (after,))
 
 
 def _phase(row: sqlite3.Row) -> PhaseRecord:

@@ -22,16 +22,16 @@ def test_what_is_known_is_written_and_shown(tmp_path):
 
 def test_many_threads_write_whole_lines(tmp_path):
     log = EventLog(tmp_path, lambda text: None)
+    starts = (0, 100, 200)
     threads = [
-        threading.Thread(target=lambda start=start: [log(lost(start + k)) for k in range(50)])
-        for start in (0, 100, 200)
+        threading.Thread(target=lambda start=start: [log(lost(start + k)) for k in range(50)]) for start in starts
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
     told = {event["actor"] for event in read_events(tmp_path)}
-    assert told == {f"generator-{start + k}" for start in (0, 100, 200) for k in range(50)}
+    assert told == {f"generator-{start + k}" for start in starts for k in range(50)}
 
 
 def test_a_line_that_a_kill_tore_is_cut(tmp_path):
