@@ -310,7 +310,7 @@ class Ledger(LedgerReader):
         self.db.execute("INSERT INTO iterations VALUES (?, ?, ?, ?, ?, ?, ?)", values)
 
     def unfinish_iterations(self, after: int) -> None:
-        """Iterations behind `after`, and their stages but `collect`, do not count any more: what they stood on is lost."""
+        """Iterations behind `after`, and their stages but `collect`, count no more: what they stood on is lost."""
         self.db.execute("DELETE FROM iterations WHERE iteration > ?", (after,))
         self.db.execute("DELETE FROM phases WHERE iteration > ? AND phase <> 'collect'", (after,))
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _RAISED = re.compile(r"[\w.]*(Error|Exception|Exit|Interrupt)(:|$)")
 _ADDRESS = re.compile(r"([\w ]+ )?https?://\S+")
 _LAST_LINES = 3
+_GUESSES = "Some common causes include"
+"""Behind it Ray lists what may kill a process anywhere."""
 
 
 def fetch(ref: Any, *, what: str, deadline_s: float, knob: str) -> Any:
@@ -59,7 +61,8 @@ def last_words(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
     lines = [line for line in lines if line and not _ADDRESS.fullmatch(line)]
     start = max((index for index, line in enumerate(lines) if _RAISED.match(line)), default=len(lines) - 1)
-    return " ".join(lines[max(start, 0) :][:_LAST_LINES]) or repr(error)
+    words = " ".join(lines[max(start, 0) :][:_LAST_LINES])
+    return words.partition(_GUESSES)[0].rstrip() or repr(error)
 
 
 def unwrap(error: RayTaskError, what: str) -> Exception:
