@@ -171,6 +171,14 @@ def _consistency(config: Config) -> Iterator[Problem]:
         if found != right:
             message = f"{key}={found}: judge.consistency={config.judge.consistency} needs {key}={right}"
             yield Problem(key, message)
+    wave, prompts = config.pipeline.wave_prompts, config.pipeline.prompts_per_iteration
+    if config.judge.consistency == "mean" and wave < prompts:
+        yield Problem(
+            "pipeline.wave_prompts",
+            f"pipeline.wave_prompts={wave}: judge.consistency=mean is a mean over all prompts of the iteration, which"
+            f" must be judged together: set it to pipeline.prompts_per_iteration={prompts}, or"
+            " judge.consistency=prompt",
+        )
 
 
 def _objective(config: Config) -> Iterator[Problem]:
