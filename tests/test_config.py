@@ -164,7 +164,10 @@ def test_a_wrong_override_is_refused_with_what_would_be_right(override, expected
         (["loss=cream", "judge.consistency=mean"], "scorer.kind"),
         (["scorer=implicit", "judge.consistency=mean"], "loss.labels"),
         (["loss=cream", "scorer=implicit", "judge.consistency=mean", "reference=initial"], "reference.kind"),
-        (["loss=cream", "scorer=implicit", "judge.consistency=mean", "pipeline.wave_prompts=8"], "wave_prompts"),
+        (
+            ["loss=cream", "scorer=implicit", "judge.consistency=mean", "pipeline.wave_prompts=8"],
+            "pipeline.wave_prompts",
+        ),
         (["recipe=mcts_dpo", "scorer=majority"], "scorer.kind"),
         (["recipe=mcts_dpo", "scorer=llm_judge", "judge=pairwise"], "scorer.kind"),
         (["recipe=mcts_dpo", "loss=nca"], "loss.name"),
