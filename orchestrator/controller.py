@@ -57,6 +57,7 @@ class Controller:
         checkpoint = context.learning.surviving(context.learning.restore)
         finished = context.ledger.finished()  # read after it: a checkpoint that is damaged undoes iterations
         if context.ledger.phases():
+            context.tracker.rewind(len(finished))
             self._say_where(finished, checkpoint)
         if finished:
             self._continue_from(finished, checkpoint)

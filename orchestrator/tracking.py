@@ -42,6 +42,9 @@ class Tracker:
     def start(self, run: RunInfo) -> None:
         """The run starts, or goes on."""
 
+    def rewind(self, iteration: int) -> None:
+        """What was logged of this iteration and of those behind it is undone: they will run again."""
+
     def stage(self, iteration: int, stage: str) -> None:
         """A stage of an iteration starts."""
 
@@ -71,6 +74,11 @@ class Trackers(Tracker):
         """Starts all of them."""
         for tracker in self._trackers:
             tracker.start(run)
+
+    def rewind(self, iteration: int) -> None:
+        """Tells all of them."""
+        for tracker in self._trackers:
+            tracker.rewind(iteration)
 
     def stage(self, iteration: int, stage: str) -> None:
         """Tells all of them."""
@@ -112,14 +120,23 @@ class JsonlTracker(Tracker):
 
     def __init__(self) -> None:
         self._file: TextIO | None = None
+        self._path: Path | None = None
 
     def start(self, run: RunInfo) -> None:
         """Opens the file. Lines of iterations that will run again, and a torn last line, are removed."""
-        path = run.run_dir / "metrics.jsonl"
-        kept = [line for line in _lines(path) if line["iteration"] < run.start_iteration]
-        with atomic_file(path) as file:
+        self._path = run.run_dir / "metrics.jsonl"
+        self.rewind(run.start_iteration)
+
+    def rewind(self, iteration: int) -> None:
+        """Removes the lines of iterations that will run again."""
+        if self._path is None:
+            return
+        if self._file is not None:
+            self._file.close()
+        kept = [line for line in _lines(self._path) if line["iteration"] < iteration]
+        with atomic_file(self._path) as file:
             file.writelines(dump_json(line).encode() + b"\n" for line in kept)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = self._path.open("a", encoding="utf-8")
 
     def log(self, metrics: Mapping[str, float], *, iteration: int, step: int) -> None:
         """Writes a line."""
