@@ -62,6 +62,8 @@ class Learner(Observable):
         self._workers_per_receiver = workers_per_receiver
         self._receivers: list[Any] = []
         self._sender: WeightSender | None = None
+        self._results: dict[int, UpdateResult] = {}
+        """Of batches of the iteration, by number, that were consumed since the state that was loaded last."""
         self._trainer = Trainer(
             model_dir=model_dir,
             dtype=dtype,
@@ -91,24 +93,34 @@ class Learner(Observable):
         Changes nothing of an iteration under way. Returns how many of its batches are done.
         """
         with self._busy:
+            if iteration != self._trainer.iteration:
+                self._results.clear()
             return self._trainer.begin_iteration(iteration, total_steps)
 
-    def train(self, queue: BatchQueue, num_batches: int) -> list[UpdateResult]:
-        """Consumes the next `num_batches` of the iteration from the queue, each once.
+    def train(self, queue: BatchQueue, start: int, end: int) -> list[UpdateResult]:
+        """Consumes batches of the iteration from the queue until `end` of them are done, each once.
 
         A batch that comes again, because its lease ran out or the queue was filled anew, is acknowledged and dropped.
         The reference scores each completion when it is first seen; later epochs of the iteration reuse its log-probs.
 
+        Args:
+            queue: holds those that are not done, in order.
+            start: number of the first batch whose result is asked for; it may be done already.
+            end: number behind the last one.
+
+        Returns:
+            What each of the batches from `start` on did, those that an earlier call consumed included.
+
         Raises:
             TrainingError: too many batches of the iteration were skipped.
             DeadlineError: no batch came.
-            ActorLostError: the queue died. What was consumed before counts: `begin_iteration` tells how much.
+            ActorLostError: the queue died. What was consumed before counts: call again with another queue.
             RuntimeError: a batch is missing in the queue.
         """
         with self._busy:
             self._steps_done = 0
-            results: list[UpdateResult] = []
-            while len(results) < num_batches:
+            self._results = {number: result for number, result in self._results.items() if number >= start}
+            while self._trainer.batches_done < end:
                 lease = queue.lease(timeout_s=self._step_deadline_s, duration_s=self._step_deadline_s)
                 if lease is None:
                     raise DeadlineError(f"learner: no batch in the queue within {self._step_deadline_s:g} s")
@@ -119,11 +131,11 @@ class Learner(Observable):
                     knob="learner.step_deadline_s",
                 )
                 if self._is_next(batch):
-                    results.append(self._trainer.update(self._trainer.annotate(batch)))
+                    self._results[batch.number] = self._trainer.update(self._trainer.annotate(batch))
                     self._steps_done += 1
                 # One whose lease ran out meanwhile comes again, and is dropped then.
                 queue.acknowledge(lease.id)
-            return results
+            return [self._results[number] for number in range(start, end)]
 
     def _is_next(self, batch: PreferenceBatch) -> bool:
         """False of one that was consumed before. Raises RuntimeError of one whose turn it is not yet."""

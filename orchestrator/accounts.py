@@ -181,7 +181,10 @@ class Accounts:
 
     def give_up(self, iteration: int) -> None:
         """The training of an iteration is rolled back: its pairs are in no weights that are kept."""
-        self._db.execute("UPDATE batches SET outcome = ? WHERE iteration = ?", (ROLLED_BACK, iteration))
+        self._db.execute(
+            "UPDATE batches SET acknowledged = NULL, step = NULL, result = NULL, outcome = ? WHERE iteration = ?",
+            (ROLLED_BACK, iteration),
+        )
         self._db.execute("DELETE FROM checkpoints WHERE iteration = ?", (iteration,))
 
     def checkpoints(self) -> list[CheckpointRecord]:

@@ -1,8 +1,8 @@
 """The learner as the loop sees it: it holds what the ledger says, whoever dies.
 
-When the learner or its queue dies, a learner starts from the last checkpoint that counts, and what it was asked is
-asked again: batches that were trained on since are trained on again, and in the weights that are kept each is once
-(`orchestrator/training.py`).
+When the learner dies, another starts from the last checkpoint that counts, and what it was asked is asked again:
+batches that were trained on since are trained on again, and in the weights that are kept each is once
+(`orchestrator/training.py`). A queue that dies takes nothing with it: it is filled again.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ class Learning:
         self.tidy()
 
     def _replace(self, error: ActorLostError | LostObjectError) -> None:
-        """Has a learner and a queue in place of what died, with the last checkpoint that counts."""
+        """Has a learner and a queue in place of what died; a new learner has the last checkpoint that counts."""
         started = time.monotonic()
         while True:
             if self._restarts_left == 0:
@@ -183,16 +183,17 @@ class Learning:
             self._restarts_left -= 1
             self._tell(EventKind.LOST, f"{error} ({self._restarts_left} restarts of the learner left)")
             self._renew_queue()
+            if self._lives():
+                came_from = "where it was, with a new queue"
+                break
             try:
-                if not self._lives():
-                    self._begin_anew()
+                self._begin_anew()
                 came_from = self._go_back()
+                break
             except ActorLostError as again:
                 error = again
-            else:
-                seconds = time.monotonic() - started
-                self._tell(EventKind.REPLACED, f"learner: goes on from {came_from} after {seconds:.1f} s")
-                return
+        seconds = time.monotonic() - started
+        self._tell(EventKind.REPLACED, f"learner: goes on from {came_from} after {seconds:.1f} s")
 
     def _go_back(self) -> str:
         """To the last checkpoint that counts; returns its name.

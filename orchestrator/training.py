@@ -108,22 +108,24 @@ class Training:
         return batches
 
     def _train(self, iteration: int, batches: list[list[PreferencePair]]) -> None:
-        """From where the learner is to the last batch; any death on the way is the caller's to mend."""
+        """From what is acknowledged to the last batch; any death on the way is the caller's to mend."""
         done = self._learning.ask("begin_iteration", iteration, len(batches), what="begin the iteration")
         every = self._config.learner.checkpoint_steps
         written: tuple[CheckpointRecord, list[UpdateResult]] | None = None
-        while done < len(batches):
-            end = min(len(batches), done - done % every + every)
-            results = self._segment(iteration, batches, done, end)
+        start = len(self._accounts.results(iteration))
+        while start < len(batches):
+            # A learner that outlived its queue may be ahead, and what is saved is where it is.
+            end = max(done, min(len(batches), start - start % every + every))
+            results = self._segment(iteration, batches, start, end)
             if written:
                 self._acknowledge(*written)
             written = (self._save(iteration, end, len(batches), results), results)
-            done = end
+            start = end
         if written:
             self._acknowledge(*written)
 
     def _segment(self, iteration: int, batches: list[list[PreferencePair]], start: int, end: int) -> list[UpdateResult]:
-        training = self._learning.actor.train.remote(self._learning.queue, end - start)
+        training = self._learning.actor.train.remote(self._learning.queue, start, end)
         self._feed(iteration, batches, start, end, training)
         results: list[UpdateResult] = fetch_with_progress(
             training,
