@@ -13,7 +13,7 @@ import ray
 from actors.vllm_transfer import WeightSender
 from learners.saving import Saver
 from learners.trainer import Trainer
-from orchestrator.errors import DeadlineError
+from orchestrator.errors import DeadlineError, TrainingError
 from orchestrator.remote import fetch
 from orchestrator.stacks import Observable
 from orchestrator.weights import Probe, Publication, checksums, pack, version_of
@@ -100,7 +100,7 @@ class Learner(Observable):
         The reference scores each completion when it is first seen; later epochs of the iteration reuse its log-probs.
 
         Raises:
-            TrainingError: too many batches of the iteration were skipped.
+            TrainingError: too many batches of the iteration were skipped; it has the results of this call.
             DeadlineError: no batch came.
             ActorLostError: the queue died. What was consumed before counts: `begin_iteration` tells how much.
             RuntimeError: a batch is missing in the queue.
@@ -119,11 +119,17 @@ class Learner(Observable):
                     knob="learner.step_deadline_s",
                 )
                 if self._is_next(batch):
-                    results.append(self._trainer.update(self._trainer.annotate(batch)))
+                    results.append(self._update(batch, results))
                     self._steps_done += 1
                 # One whose lease ran out meanwhile comes again, and is dropped then.
                 queue.acknowledge(lease.id)
             return results
+
+    def _update(self, batch: PreferenceBatch, before: Sequence[UpdateResult]) -> UpdateResult:
+        try:
+            return self._trainer.update(self._trainer.annotate(batch))
+        except TrainingError as error:
+            raise TrainingError(str(error), (*before, *error.results)) from error
 
     def _is_next(self, batch: PreferenceBatch) -> bool:
         """False of one that was consumed before. Raises RuntimeError of one whose turn it is not yet."""

@@ -181,7 +181,10 @@ class Accounts:
 
     def give_up(self, iteration: int) -> None:
         """The training of an iteration is rolled back: its pairs are in no weights that are kept."""
-        self._db.execute("UPDATE batches SET outcome = ? WHERE iteration = ?", (ROLLED_BACK, iteration))
+        self._db.execute(
+            "UPDATE batches SET acknowledged = NULL, step = NULL, outcome = ?, result = NULL WHERE iteration = ?",
+            (ROLLED_BACK, iteration),
+        )
         self._db.execute("DELETE FROM checkpoints WHERE iteration = ?", (iteration,))
 
     def checkpoints(self) -> list[CheckpointRecord]:
@@ -200,7 +203,10 @@ class Accounts:
         self._db.execute("DELETE FROM checkpoints WHERE path = ?", (path,))
 
     def rewind(self, to: CheckpointRecord | None) -> None:
-        """Checkpoints behind `to` (None: all) are lost: what only they contained is to be trained on again."""
+        """Checkpoints behind `to` (None: all) are lost: what only they contained is to be trained on again.
+
+        What was rolled back stays so: it was in none of them.
+        """
         iteration, batches = (to.iteration, to.batches) if to else (0, 0)
         behind = "iteration > ? OR (iteration = ? AND {} {} ?)"
         self._db.execute(
@@ -208,8 +214,8 @@ class Accounts:
         )
         self._db.execute(
             "UPDATE batches SET acknowledged = NULL, step = NULL, outcome = NULL, result = NULL"
-            f" WHERE {behind.format('number', '>=')}",
-            (iteration, iteration, batches),
+            f" WHERE ({behind.format('number', '>=')}) AND outcome IS NOT ?",
+            (iteration, iteration, batches, ROLLED_BACK),
         )
 
     def publish(self, version: PolicyVersion, iteration: int) -> None:

@@ -82,7 +82,10 @@ class EventLog:
     def __init__(self, run_dir: Path, show: Callable[[str], None]) -> None:
         self._show = show
         self._lock = threading.Lock()
-        self._file: TextIO = (run_dir / FILE_NAME).open("a", encoding="utf-8")
+        path = run_dir / FILE_NAME
+        torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")  # a full disk took its end
+        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._file.write("\n" * torn)
 
     def __call__(self, event: Event) -> None:
         """Writes an event; it is in the file when this returns."""
