@@ -182,6 +182,26 @@ RULES = [
         lambda c: c.evaluation.scorer != "none",
         "evaluation.scorer=verifier or judge",
     ),
+    Rule("promotion.*", "promotion.gate", lambda c: c.promotion.gate != "off", "promotion.gate=alarm or reject"),
+    Rule(
+        "promotion.gate promotion.min_win_rate promotion.max_length_ratio",
+        "evaluation.scorer",
+        lambda c: c.evaluation.scorer != "none",
+        "evaluation.scorer=verifier or judge",
+    ),
+    Rule(
+        "promotion.max_judge_drop",
+        "evaluation.scorer",
+        lambda c: c.evaluation.scorer == "verifier",
+        "evaluation.scorer=verifier",
+    ),
+    Rule("promotion.max_judge_drop", "evaluation.anchors", lambda c: c.evaluation.anchors > 0, "one above 0"),
+    Rule(
+        "promotion.max_judge_drop",
+        "scorer.kind",
+        lambda c: c.scorer.kind != "verifier",
+        "another judge, to be measured",
+    ),
     Rule("reference.ema_decay", "reference.kind", lambda c: c.reference.kind == "ema", "reference=ema"),
     Rule(
         "learner.replay_path learner.replay_weight",

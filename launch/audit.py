@@ -176,4 +176,6 @@ class _Auditor:
             if iteration in self._policies
         ]
         self._found.repeated += [f"step {step} was taken by {n} batches" for step, n in Counter(steps).items() if n > 1]
-        self._found.lost += [f"step {step} was taken by no batch" for step in set(range(1, len(steps))) - set(steps)]
+        self._found.lost += [
+            f"step {step} was taken by no batch" for step in set(range(1, max(steps, default=0))) - set(steps)
+        ]

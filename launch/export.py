@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoTokenizer
@@ -29,7 +29,7 @@ def export(run: Path, out: Path, iteration: int | None = None, *, replace: bool 
     Args:
         run: the run folder.
         out: where to write; must not exist, or be empty.
-        iteration: which one; None: the last that has a checkpoint.
+        iteration: which one; None: the last that has a checkpoint, or the initial model where none was promoted.
         replace: take the place of what `out` holds, once the new folder is whole.
 
     Raises:
@@ -43,18 +43,13 @@ def export(run: Path, out: Path, iteration: int | None = None, *, replace: bool 
         raise ModelError(f"{out} cannot be made: {existing_parent(out)} is not writable for you")
     config = compose([], run / "config.yaml")
     model_dir = initial_model(config, run)
-    checkpoint = run / _find(run, iteration)
+    checkpoint = _find(run, iteration)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     disable_progress_bar()
     model = load_model(model_dir)
-    live = dict(model.named_parameters())
-    weights = Checkpoint(checkpoint).read("weights")
-    if weights.keys() != live.keys():
-        raise ModelError(f"{checkpoint} was saved from another model than {model_dir}")
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            live[name].copy_(tensor)
+    if checkpoint is not None:
+        _load_weights(model, run / checkpoint, model_dir)
     model.to(DTYPES[config.model.dtype]).save_pretrained(partial)  # type: ignore[operator]
     AutoTokenizer.from_pretrained(model_dir).save_pretrained(partial)
     shutil.rmtree(out, ignore_errors=True)
@@ -62,9 +57,23 @@ def export(run: Path, out: Path, iteration: int | None = None, *, replace: bool 
     return out
 
 
-def _find(run: Path, iteration: int | None) -> Path:
+def _load_weights(model: Any, checkpoint: Path, model_dir: Path) -> None:
+    live = dict(model.named_parameters())
+    weights = Checkpoint(checkpoint).read("weights")
+    if weights.keys() != live.keys():
+        raise ModelError(f"{checkpoint} was saved from another model than {model_dir}")
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            live[name].copy_(tensor)
+
+
+def _find(run: Path, iteration: int | None) -> Path | None:
+    """The checkpoint of an iteration; None is the initial model, where all that was trained was given up."""
     with LedgerReader(run) as ledger:
-        saved = [done for done in ledger.finished() if done.checkpoint and (run / done.checkpoint).is_dir()]
+        finished = ledger.finished()
+    if iteration is None and len(finished) > 1 and finished[-1].checkpoint is None:
+        return None
+    saved = [done for done in finished if done.checkpoint and (run / done.checkpoint).is_dir()]
     if not saved:
         raise ModelError(f"{run} has no checkpoint yet: no iteration was finished")
     chosen: FinishedIteration | None = saved[-1]

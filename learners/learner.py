@@ -13,7 +13,7 @@ import ray
 from actors.vllm_transfer import WeightSender
 from learners.saving import Saver
 from learners.trainer import Trainer
-from orchestrator.errors import DeadlineError
+from orchestrator.errors import DeadlineError, TrainingError
 from orchestrator.remote import fetch
 from orchestrator.stacks import Observable
 from orchestrator.weights import Probe, Publication, checksums, pack, version_of
@@ -112,7 +112,7 @@ class Learner(Observable):
             What each of the batches from `start` on did, those that an earlier call consumed included.
 
         Raises:
-            TrainingError: too many batches of the iteration were skipped.
+            TrainingError: too many batches of the iteration were skipped; it has the results from `start` on.
             DeadlineError: no batch came.
             ActorLostError: the queue died. What was consumed before counts: call again with another queue.
             RuntimeError: a batch is missing in the queue.
@@ -131,11 +131,17 @@ class Learner(Observable):
                     knob="learner.step_deadline_s",
                 )
                 if self._is_next(batch):
-                    self._results[batch.number] = self._trainer.update(self._trainer.annotate(batch))
+                    self._results[batch.number] = self._update(batch)
                     self._steps_done += 1
                 # One whose lease ran out meanwhile comes again, and is dropped then.
                 queue.acknowledge(lease.id)
             return [self._results[number] for number in range(start, end)]
+
+    def _update(self, batch: PreferenceBatch) -> UpdateResult:
+        try:
+            return self._trainer.update(self._trainer.annotate(batch))
+        except TrainingError as error:
+            raise TrainingError(str(error), (*self._results.values(), *error.results)) from error
 
     def _is_next(self, batch: PreferenceBatch) -> bool:
         """False of one that was consumed before. Raises RuntimeError of one whose turn it is not yet."""

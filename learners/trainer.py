@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from conf.schema import LearnerConfig, LossConfig, ReferenceConfig
-    from learners.step import Step
     from orchestrator.batching import Tokens
     from orchestrator.types import Completion, PreferenceBatch, Prompt, SeedSequence
 
@@ -179,12 +178,7 @@ class Trainer:
         self.step += 1
         self.batches_done += 1
         notes, self._notes = tuple(self._notes), []
-        if taken.skipped:
-            self._count_skipped(batch, taken)
-        else:
-            self._loss_state = taken.state
-            self._norms.append(taken.metrics["grad_norm"])
-        return UpdateResult(
+        result = UpdateResult(
             step=self.step,
             batch=batch.number,
             pair_ids=batch.pair_ids,
@@ -193,15 +187,22 @@ class Trainer:
             skipped=taken.skipped,
             notes=notes,
         )
+        if taken.skipped:
+            self._count_skipped(result)
+        else:
+            self._loss_state = taken.state
+            self._norms.append(taken.metrics["grad_norm"])
+        return result
 
-    def _count_skipped(self, batch: PreferenceBatch, taken: Step) -> None:
+    def _count_skipped(self, result: UpdateResult) -> None:
         self._skipped += 1
         if self._skipped > self._learner.max_skipped:
             raise TrainingError(
                 f"iteration {self.iteration}: {self._skipped} batches were skipped, more than learner.max_skipped="
-                f"{self._learner.max_skipped}. Batch {batch.number} of {batch.num_pairs} pairs (first"
-                f" {batch.pair_ids[0]}): {taken.skipped}. Lower learner.lr or raise loss.beta, and look at the pairs'"
-                " log-probs."
+                f"{self._learner.max_skipped}. Batch {result.batch} of {len(result.pair_ids)} pairs (first"
+                f" {result.pair_ids[0]}): {result.skipped}. Lower learner.lr or raise loss.beta, and look at the pairs'"
+                " log-probs.",
+                (result,),
             )
 
     def _fits(self, tokens: int) -> None:

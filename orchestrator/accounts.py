@@ -203,7 +203,10 @@ class Accounts:
         self._db.execute("DELETE FROM checkpoints WHERE path = ?", (path,))
 
     def rewind(self, to: CheckpointRecord | None) -> None:
-        """Checkpoints behind `to` (None: all) are lost: what only they contained is to be trained on again."""
+        """Checkpoints behind `to` (None: all) are lost: what only they contained is to be trained on again.
+
+        What was rolled back stays so: it was in none of them.
+        """
         iteration, batches = (to.iteration, to.batches) if to else (0, 0)
         behind = "iteration > ? OR (iteration = ? AND {} {} ?)"
         self._db.execute(
@@ -211,8 +214,8 @@ class Accounts:
         )
         self._db.execute(
             "UPDATE batches SET acknowledged = NULL, step = NULL, outcome = NULL, result = NULL"
-            f" WHERE {behind.format('number', '>=')}",
-            (iteration, iteration, batches),
+            f" WHERE ({behind.format('number', '>=')}) AND outcome IS NOT ?",
+            (iteration, iteration, batches, ROLLED_BACK),
         )
 
     def publish(self, version: PolicyVersion, iteration: int) -> None:

@@ -28,6 +28,10 @@ All are picklable (they cross actor boundaries): their arguments are the argumen
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from orchestrator.types import UpdateResult
 
 
 class AgonError(Exception):
@@ -75,7 +79,19 @@ class JudgeError(AgonError, RuntimeError):
 
 
 class TrainingError(AgonError, RuntimeError):
-    """The update produced a loss or gradient that is not finite."""
+    """The update produced a loss or gradient that is not finite.
+
+    Args:
+        message: what was found, and what to change.
+        results: what the batches of the call did, the one that was too many last.
+    """
+
+    def __init__(self, message: str, results: tuple[UpdateResult, ...] = ()) -> None:
+        super().__init__(message, results)
+        self.results = results
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class LostObjectError(AgonError, RuntimeError):

@@ -122,8 +122,8 @@ class Iteration:
         self._metrics |= metrics.update_metrics(results)
         return True
 
-    def _roll_back(self, why: str) -> None:
-        """The learner goes back to the last promoted policy; what the iteration trained is in no weights any more."""
+    def _roll_back(self, why: str) -> PolicyVersion:
+        """Learner and generators go back to the last promoted policy; what was trained is in no weights any more."""
         self._metrics[ROLLED_BACK] = 1.0
         self._context.learning.give_up(self._number)
         self._context.emit(
@@ -134,6 +134,8 @@ class Iteration:
                 text=f"iteration {self._number} is rolled back to the policy {self._policy}: {why}",
             )
         )
+        # Also after an update that failed: generators of a process that was resumed within it hold no policy yet.
+        return self._context.publisher.publish(self._policy.number, self._number)
 
     def _measure(self, stage: str, figures: Callable[[], dict[str, float]]) -> None:
         """Runs a stage whose figures are all that comes of it, unless they are known already."""
@@ -206,8 +208,7 @@ class Iteration:
             context.emit(Event(kind=EventKind.ALARM, iteration=self._number, failure=FailureKind.DATA, text=text))
         if not found or config.gate == "alarm":
             return version
-        self._roll_back("; ".join(found))
-        return context.publisher.publish(self._policy.number, self._number)
+        return self._roll_back("; ".join(found))
 
     def _prune(self) -> None:
         """Keeps the newest checkpoints, and the one whose policy answered best."""

@@ -17,7 +17,7 @@ import ray
 from conf.objectives import OBJECTIVES
 from orchestrator import batching
 from orchestrator.accounts import CheckpointRecord
-from orchestrator.errors import DeadlineError, FailureKind
+from orchestrator.errors import DeadlineError, FailureKind, TrainingError
 from orchestrator.events import Event, EventKind
 from orchestrator.learning import FOLDER
 from orchestrator.remote import fetch_with_progress
@@ -127,15 +127,18 @@ class Training:
     def _segment(self, iteration: int, batches: list[list[PreferencePair]], start: int, end: int) -> list[UpdateResult]:
         training = self._learning.actor.train.remote(self._learning.queue, start, end)
         self._feed(iteration, batches, start, end, training)
-        results: list[UpdateResult] = fetch_with_progress(
-            training,
-            what=f"learner: {end - start} optimizer steps",
-            deadline_s=self._config.learner.step_deadline_s * (end - start),
-            knob="learner.step_deadline_s",
-            on_tick=lambda: self._show(start, len(batches)),
-        )
-        for result in results:
-            self._report(iteration, result, batches[result.batch])
+        try:
+            results: list[UpdateResult] = fetch_with_progress(
+                training,
+                what=f"learner: {end - start} optimizer steps",
+                deadline_s=self._config.learner.step_deadline_s * (end - start),
+                knob="learner.step_deadline_s",
+                on_tick=lambda: self._show(start, len(batches)),
+            )
+        except TrainingError as error:
+            self._report(iteration, error.results, batches)
+            raise
+        self._report(iteration, results, batches)
         return results
 
     def _feed(self, iteration: int, batches: list[list[PreferencePair]], start: int, end: int, training: Any) -> None:
@@ -185,21 +188,27 @@ class Training:
             metrics = {f"step/{name}": value for name, value in result.metrics.items()}
             self._tracker.log(metrics, iteration=iteration, step=result.step)
 
-    def _report(self, iteration: int, result: UpdateResult, pairs: list[PreferencePair]) -> None:
-        for note in result.notes:
-            self._emit(Event(kind=EventKind.ADAPTED, iteration=iteration, role="learner", text=f"learner: {note}"))
-        if result.skipped:
-            path = self._store.write_skipped(iteration, result.batch, pairs)
-            self._emit(
-                Event(
-                    kind=EventKind.SKIPPED,
-                    iteration=iteration,
-                    role="learner",
-                    failure=FailureKind.DATA,
-                    text=f"batch {result.batch} of iteration {iteration} left the weights as they were:"
-                    f" {result.skipped}. Its pairs: {path}",
-                )
+    def _report(
+        self, iteration: int, results: Sequence[UpdateResult], batches: Sequence[Sequence[PreferencePair]]
+    ) -> None:
+        for result in results:
+            for note in result.notes:
+                self._emit(Event(kind=EventKind.ADAPTED, iteration=iteration, role="learner", text=f"learner: {note}"))
+            if result.skipped:
+                self._report_skipped(iteration, result, batches[result.batch])
+
+    def _report_skipped(self, iteration: int, result: UpdateResult, pairs: Sequence[PreferencePair]) -> None:
+        path = self._store.write_skipped(iteration, result.batch, pairs)
+        self._emit(
+            Event(
+                kind=EventKind.SKIPPED,
+                iteration=iteration,
+                role="learner",
+                failure=FailureKind.DATA,
+                text=f"batch {result.batch} of iteration {iteration} left the weights as they were:"
+                f" {result.skipped}. Its pairs: {path}",
             )
+        )
 
     def _show(self, done: int, total: int) -> None:
         self._tracker.progress("train", done + self._learning.ask("progress", what="progress"), total, 0)

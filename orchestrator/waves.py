@@ -108,6 +108,7 @@ class Waves:
                 tokens += sampled
             else:
                 made, counted = found
+            self._archive.drop(self._store.path("samples", wave.iteration, wave.number))
             pairs += made
             tally += counted
         return Harvest(pairs=pairs, tally=tally, tokens=tokens)
@@ -119,10 +120,12 @@ class Waves:
     def _committed(self, wave: Wave) -> tuple[list[PreferencePair], Tally] | None:
         """What was committed of a wave by an earlier process; None where it has to be done."""
         outcome = self._accounts.wave_outcome(wave.iteration, wave.number)
-        path = self._store.path("pairs", wave.iteration, wave.number)
-        if outcome is None or outcome["policy"] != wave.policy.digest or not self._archive.intact(path):
+        if outcome is None or outcome["policy"] != wave.policy.digest:
             return None
-        return read_pairs(path), Tally.load(outcome["tally"])
+        paths = {kind: self._store.path(kind, wave.iteration, wave.number) for kind in outcome["files"]}
+        if not all(self._archive.intact(path) for path in paths.values()):
+            return None
+        return read_pairs(paths["pairs"]), Tally.load(outcome["tally"])
 
     def _collect(self, wave: Wave) -> tuple[list[PreferencePair], Tally, int]:
         with self._ledger.transaction():
@@ -136,12 +139,15 @@ class Waves:
             + collected.tally
             + pair_metrics(pairs, collected.counts, dropped)
         )
-        outcome = {"policy": wave.policy.digest, "tally": tally.dump()}
+        outcome = {
+            "policy": wave.policy.digest,
+            "files": [path.parent.name for path in files],
+            "tally": tally.dump(),
+        }
         with self._ledger.transaction():
             self._archive.seal(wave.iteration, files)
             self._accounts.wave_scored(wave.iteration, wave.number, collected.scored, outcome)
             self._accounts.accept_pairs(wave.iteration, wave.number, pairs)
             for prompt, reason in self._quarantined.items():
                 self._accounts.quarantine(prompt, wave.iteration, reason)
-        self._archive.drop(self._store.path("samples", wave.iteration, wave.number))
         return pairs, tally, collected.tokens

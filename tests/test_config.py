@@ -211,6 +211,13 @@ def test_values_that_do_not_go_together_are_refused(overrides, key):
         (["judge.votes=5"], "scorer.kind=verifier, but with llm_judge"),
         (["judge=pairwise"], "judge=pairwise: not read with scorer.kind=verifier"),
         (
+            ["promotion.gate=off", "promotion.min_win_rate=0.3"],
+            "promotion.min_win_rate=0.3: not read with promotion.gate",
+        ),
+        (["evaluation.scorer=none", "promotion.gate=reject"], "promotion.gate=reject: not read with evaluation.scorer"),
+        (["evaluation.scorer=none", "promotion.max_length_ratio=2"], "not read with evaluation.scorer=none"),
+        (["promotion.max_judge_drop=0.2"], "promotion.max_judge_drop=0.2: not read with scorer.kind=verifier"),
+        (
             ["scorer=llm_judge", "judge=pairwise", "judge.votes=5"],
             "judge.verdict=probability, but with judge.verdict=words",
         ),

@@ -1,0 +1,268 @@
+"""A wave counts as a whole or is done again as a whole, wherever it was broken off."""
+
+from contextlib import contextmanager
+
+import pytest
+
+from conf.compose import compose
+from conf.schema import FilterConfig
+from orchestrator.accounts import Accounts
+from orchestrator.archive import Archive
+from orchestrator.collecting import SampleCollector
+from orchestrator.events import EventKind
+from orchestrator.ledger import Ledger
+from orchestrator.store import Store
+from orchestrator.tally import Tally
+from orchestrator.types import Prompt, RolloutGroup, Score, ScoredGroup
+from orchestrator.waves import Wave, Waves
+from tests.records import V0, V1, completion
+
+PROMPTS = [Prompt(id=f"task/{k}", text=f"{k}\n", token_ids=(1, 5 + k), answer="2") for k in range(4)]
+CONFIG = compose(["generator.samples_per_prompt=3", "pairing.max_pairs=1"])
+
+
+class Drawing:
+    """Rollouts whose completions depend on prompt and policy alone."""
+
+    def __init__(self):
+        self.drawn = []
+        self.policy = V1
+
+    def sample(self, prompts, draws):
+        self.drawn.append([prompt.id for prompt in prompts])
+        (draw,) = draws
+        return [[self._group(prompt, draw) for prompt in prompts]]
+
+    def _group(self, prompt, draw):
+        tokens = [(*prompt.token_ids, 10 * self.policy.number + k) for k in range(draw.num_samples)]
+        return RolloutGroup(
+            prompt=prompt,
+            completions=tuple(completion(*each, policy=self.policy) for each in tokens),
+            iteration=draw.iteration,
+            seed=prompt.token_ids[-1],
+        )
+
+
+class Judging:
+    """A judge by the last token; its figures are of what it was asked since it was last asked for them."""
+
+    def __init__(self):
+        self.asked, self.reported = [], 0
+
+    def score(self, groups):
+        self.asked.append([group.prompt.id for group in groups])
+        return [ScoredGroup(group=group, scores=self._scores(group), scorer="last@1") for group in groups]
+
+    def _scores(self, group):
+        return tuple(Score(value=float(each.token_ids[-1] % 10)) for each in group.completions)
+
+    def metrics(self):
+        found = Tally()
+        found.sum("judge/asked", len(self.asked) - self.reported)
+        self.reported = len(self.asked)
+        return found
+
+
+class Process:
+    """What one process has of a run folder."""
+
+    def __init__(self, folder, ledger):
+        self.rollouts, self.judge, self.events = Drawing(), Judging(), []
+        self.accounts, self.store = Accounts(ledger), Store(folder)
+        self.archive = Archive(folder, self.accounts, self.events.append)
+        collector = SampleCollector(CONFIG, self.rollouts, self.judge, self.store, self.archive, ledger)
+        self.waves = Waves(
+            collector=collector,
+            judge=self.judge,
+            filters=FilterConfig(),
+            store=self.store,
+            archive=self.archive,
+            ledger=ledger,
+            accounts=self.accounts,
+            quarantined={"task/9": "it kills"},
+        )
+
+
+@contextmanager
+def process(folder):
+    with Ledger(folder) as ledger:
+        yield Process(folder, ledger)
+
+
+def waves_of(policy=V1):
+    return [
+        Wave(iteration=1, number=number, prompts=PROMPTS[start : start + 2], policy=policy, reference=V0)
+        for number, start in enumerate((0, 2))
+    ]
+
+
+def state(folder):
+    """Files and rows, without the clock's."""
+    found = {
+        str(path.relative_to(folder)): path.read_bytes()
+        for kind in ("pairs", "rollouts", "samples")
+        for path in sorted((folder / kind).iterdir())
+    }
+    columns = {
+        "files": "path, iteration, bytes, digest",
+        "waves": "iteration, wave, prompts, scored IS NULL, outcome",
+        "groups": "*",
+        "pairs": "*",
+        "quarantine": "prompt, iteration, reason",
+    }
+    with Ledger(folder) as ledger:
+        for table, names in columns.items():
+            found[table] = [tuple(row) for row in ledger.db.execute(f"SELECT {names} FROM {table} ORDER BY 1, 2")]
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with process(folder) as first:
+        harvest = first.waves.collect(waves_of())
+    return folder, harvest, state(folder)
+
+
+def test_a_wave_by_hand(undisturbed):
+    """Of 3 completions with the scores 0, 1, 2 the best and the worst make the pair of each prompt."""
+    folder, harvest, left = undisturbed
+    assert [pair.id for pair in harvest.pairs] == [f"1/task/{k}/2>0" for k in range(4)]
+    assert harvest.tokens == 4 * 3 * 3
+    assert (harvest.tally["rollout/completions"], harvest.tally["pairs/kept"], harvest.tally["judge/asked"]) == (
+        12,
+        4,
+        2,
+    )
+    assert [row[:2] for row in left["groups"]] == [(1, f"task/{k}") for k in range(4)]
+    assert list((folder / "samples").iterdir()) == []
+
+
+def test_what_is_committed_is_read_back_and_never_made_again(undisturbed):
+    folder, harvest, left = undisturbed
+    with process(folder) as second:
+        assert second.waves.are_committed(waves_of())
+        again = second.waves.collect(waves_of())
+        assert (second.rollouts.drawn, second.judge.asked, second.events) == ([], [], [])
+    assert (again.pairs, dict(again.tally), again.tokens) == (harvest.pairs, dict(harvest.tally), 0)
+    assert state(folder) == left
+
+
+POINTS = [
+    (Accounts, "issue_wave", 1),
+    (Drawing, "sample", 1),
+    (Store, "write_samples", 1),
+    (Archive, "seal", 1),
+    (Accounts, "wave_sampled", 1),
+    (Judging, "score", 1),
+    (Store, "write_rollouts", 1),
+    (Store, "write_pairs", 1),
+    (Archive, "seal", 2),
+    (Accounts, "wave_scored", 1),
+    (Accounts, "accept_pairs", 1),
+    (Accounts, "quarantine", 1),
+    (Archive, "drop", 1),
+    (Accounts, "issue_wave", 2),
+    (Accounts, "accept_pairs", 2),
+]
+"""Calls that a wave makes, in their order: which of them, and the how manieth."""
+
+
+def break_off(monkeypatch, owner, name, visit, *, after):
+    """The call is the last thing that the process does."""
+    call, visits = getattr(owner, name), []
+
+    def broken(*rest, **options):
+        visits.append(None)
+        if len(visits) < visit:
+            return call(*rest, **options)
+        if after:
+            call(*rest, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, name, broken)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("point", POINTS, ids=lambda point: f"{point[1]}-{point[2]}")
+def test_broken_off_anywhere_it_ends_as_if_nothing_had_happened(tmp_path, undisturbed, point, after):
+    _, harvest, left = undisturbed
+    with process(tmp_path) as first, pytest.MonkeyPatch.context() as patched:
+        break_off(patched, *point, after=after)
+        with pytest.raises(KeyboardInterrupt):
+            first.waves.collect(waves_of())
+    with process(tmp_path) as second:
+        again = second.waves.collect(waves_of())
+        assert (again.pairs, dict(again.tally)) == (harvest.pairs, dict(harvest.tally))
+        assert second.events == []
+    assert state(tmp_path) == left
+
+
+def stop_before_scoring(folder, policy=V1):
+    """Leaves the samples of the first wave."""
+    with process(folder) as first, pytest.MonkeyPatch.context() as patched:
+        first.rollouts.policy = policy
+        break_off(patched, Judging, "score", 1, after=False)
+        with pytest.raises(KeyboardInterrupt):
+            first.waves.collect(waves_of(policy))
+
+
+def test_samples_that_are_left_are_not_drawn_again(tmp_path, undisturbed):
+    stop_before_scoring(tmp_path)
+    with process(tmp_path) as second:
+        assert second.waves.collect(waves_of()).tokens == 2 * 3 * 3
+        assert second.rollouts.drawn == [["task/2", "task/3"]]
+    assert state(tmp_path) == undisturbed[2]
+
+
+def test_samples_of_other_weights_are_not_used(tmp_path, undisturbed):
+    stop_before_scoring(tmp_path, policy=V0)
+    with process(tmp_path) as second:
+        second.waves.collect(waves_of())
+        assert second.rollouts.drawn == [["task/0", "task/1"], ["task/2", "task/3"]]
+    assert state(tmp_path) == undisturbed[2]
+
+
+def test_damaged_samples_are_told_of_and_drawn_again(tmp_path, undisturbed):
+    stop_before_scoring(tmp_path)
+    (path,) = (tmp_path / "samples").iterdir()
+    path.write_bytes(path.read_bytes()[:-9])
+    with process(tmp_path) as second:
+        second.waves.collect(waves_of())
+        assert len(second.rollouts.drawn) == 2
+        assert [event.kind for event in second.events] == [EventKind.DAMAGED]
+    assert state(tmp_path) == undisturbed[2]
+
+
+@pytest.fixture
+def finished(tmp_path):
+    with process(tmp_path) as first:
+        first.waves.collect(waves_of())
+    return tmp_path
+
+
+def test_waves_of_another_policy_are_done_again(finished):
+    with process(finished) as second:
+        second.rollouts.policy = V0
+        assert not second.waves.are_committed(waves_of(V0))
+        harvest = second.waves.collect(waves_of(V0))
+        assert len(second.rollouts.drawn) == len(second.judge.asked) == 2
+        assert {pair.chosen.policy for pair in harvest.pairs} == {V0}
+        assert second.waves.are_committed(waves_of(V0))
+        assert not second.waves.are_committed(waves_of())
+
+
+@pytest.mark.parametrize(("kind", "draws"), [("pairs", 0), ("rollouts", 1)])
+def test_a_damaged_file_makes_its_wave_again_from_what_stands_before_it(finished, undisturbed, kind, draws):
+    """Pairs from the rollouts, without another word of the judge, whose figures are lost; rollouts from the policy."""
+    path = finished / kind / "iteration-0001-wave-0001.parquet"
+    path.write_bytes(path.read_bytes()[:-9])
+    with process(finished) as second:
+        assert not second.waves.are_committed(waves_of())
+        again = second.waves.collect(waves_of())
+        assert len(second.rollouts.drawn) == len(second.judge.asked) == draws
+        (event,) = second.events
+        assert (event.kind, str(path) in event.text) == (EventKind.DAMAGED, True)
+        assert again.pairs == undisturbed[1].pairs
+        assert again.tally["judge/asked"] == 1 + draws
+    assert state(finished) | {"waves": None} == undisturbed[2] | {"waves": None}
