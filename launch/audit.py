@@ -2,7 +2,8 @@
 
 It reads the ledger's tables and the Parquet files as they are, with SQLite and pyarrow alone:
 
-    damaged     a file that counts is missing, or has another size or digest than the ledger says
+    damaged     a file that counts is missing, or has another size or digest than the ledger says; of its iteration
+                only the steps are looked at then
     lost        a pair that was accepted, or of a scored group, is missing where it should be; or a batch of a finished
                 iteration was never acknowledged
     repeated    a pair is in more acknowledged batches than the iteration has epochs, or two batches took one step
@@ -82,6 +83,8 @@ class _Auditor:
         self._epochs = epochs
         self._policies: dict[int, str] = dict(db.execute("SELECT iteration, version_digest FROM iterations"))
         """Digest of the weights that each finished iteration left, by its number."""
+        self._checked = set(self._policies)
+        """Finished iterations whose rollouts and pairs can be read."""
         self._found = Audit(iterations=max(0, len(self._policies) - 1))
 
     def run(self) -> Audit:
@@ -94,21 +97,25 @@ class _Auditor:
         return self._found
 
     def _check_files(self) -> None:
-        for path, size, digest in self._db.execute("SELECT path, bytes, digest FROM files"):
+        for path, iteration, size, digest in self._db.execute("SELECT path, iteration, bytes, digest FROM files"):
             try:
                 content = (self._run / path).read_bytes()
             except OSError as error:
                 self._found.damaged.append(f"{path}: {error.strerror}")
-                continue
-            if len(content) != size or xxhash.xxh3_64_hexdigest(content) != digest:
+            else:
+                if len(content) == size and xxhash.xxh3_64_hexdigest(content) == digest:
+                    continue
                 self._found.damaged.append(f"{path} is not what was written")
+            if path.startswith(("pairs/", "rollouts/")):
+                self._checked.discard(iteration)
 
     def _rows(self, kind: str, columns: list[str]) -> Iterator[dict[str, Any]]:
-        """Rows of the files of one kind that count, of finished iterations."""
-        for (path,) in self._db.execute("SELECT path FROM files WHERE path LIKE ? ORDER BY path", (f"{kind}/%",)):
-            if (self._run / path).is_file():
+        """Rows of the files of one kind that count, of the iterations that are checked."""
+        files = self._db.execute("SELECT path, iteration FROM files WHERE path LIKE ? ORDER BY path", (f"{kind}/%",))
+        for path, iteration in files:
+            if iteration in self._checked:
                 rows = pq.read_table(self._run / path, columns=["iteration", *columns]).to_pylist()
-                yield from ({**row, "path": path} for row in rows if row["iteration"] in self._policies)
+                yield from ({**row, "path": path} for row in rows if row["iteration"] in self._checked)
 
     def _check_judgements(self) -> None:
         groups: defaultdict[tuple[int, str], set[tuple[str, int]]] = defaultdict(set)
@@ -122,7 +129,7 @@ class _Auditor:
             (iteration, prompt)
             for iteration, prompts in self._db.execute("SELECT iteration, prompts FROM waves")
             for prompt in json.loads(prompts)
-            if iteration in self._policies
+            if iteration in self._checked
         }
         quarantined = {prompt for (prompt,) in self._db.execute("SELECT prompt FROM quarantine")}
         missing = {(iteration, prompt) for iteration, prompt in issued - groups.keys() if prompt not in quarantined}
@@ -133,7 +140,7 @@ class _Auditor:
 
     def _check_pairs(self) -> dict[int, list[str]]:
         """Ids of the pairs of each finished iteration, as its files have them."""
-        pairs: dict[int, list[str]] = {iteration: [] for iteration in self._policies if iteration > 0}
+        pairs: dict[int, list[str]] = {iteration: [] for iteration in self._checked if iteration > 0}
         for row in self._rows("pairs", ["id", "chosen_policy_digest", "rejected_policy_digest"]):
             pairs[row["iteration"]].append(row["id"])
             policy = self._policies[row["iteration"] - 1]

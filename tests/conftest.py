@@ -27,3 +27,14 @@ def ray_cluster():
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def reference_run(tmp_path_factory):
+    """A real run that nothing disturbed, not to be changed; its inputs lie in `../inputs`."""
+    from tests.runs import REFERENCE, do_run
+
+    root = tmp_path_factory.mktemp("reference")
+    (root / "inputs").mkdir()
+    assert do_run(root / "inputs", root / "run", **REFERENCE) == 0
+    return root / "run"

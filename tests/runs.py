@@ -7,6 +7,14 @@ from launch.run import run
 from tests.models import make_model
 
 NUM_PROMPTS = 24
+REFERENCE = {
+    "engine": "transformers",
+    "pipeline__iterations": 3,
+    "pipeline__wave_prompts": 4,
+    "learner__checkpoint_steps": 2,
+    "learner__batch_pairs": 4,
+}
+"""Of a run with two waves and several segments in each iteration, to be broken."""
 
 
 def write_prompts(path):
