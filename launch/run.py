@@ -13,6 +13,7 @@ import json
 import shlex
 import shutil
 import signal
+import sqlite3
 import sys
 import time
 import traceback
@@ -27,6 +28,7 @@ from launch.console import make_console
 from launch.initial_model import prepare_initial_model
 from launch.judge_models import check_judge_model, prepare_judge_model
 from launch.preflight import preflight
+from orchestrator.disk import disk_error
 from orchestrator.errors import ConfigError, FailureKind, kind_of
 from orchestrator.events import Event, EventKind, EventLog
 from orchestrator.files import atomic_file
@@ -159,6 +161,7 @@ class Run:
         """Runs to the end, to an error or to a signal; leaves `summary.json` in each case."""
         status = RunStatus.FAILED
         error: str | None = "the process ended without a word"
+        stopped: Event | None = None
         try:
             with _signals_interrupt():
                 self._run()
@@ -167,17 +170,29 @@ class Run:
             status, error = RunStatus.INTERRUPTED, None
         except Exception as failure:  # noqa: BLE001 - whatever it was is recorded, shown, and ends in exit code 1
             kind = kind_of(failure)
-            error = traceback.format_exc() if kind is FailureKind.BUG else str(failure)
-            self._events(Event(kind=EventKind.STOPPED, failure=kind, text=f"stopped: {error}"))
+            error = disk_error(failure, self._run_dir) or (
+                traceback.format_exc() if kind is FailureKind.BUG else str(failure)
+            )
+            stopped = Event(kind=EventKind.STOPPED, failure=kind, text=f"stopped: {error}")
         finally:
-            with _signals_ignored(), ExitStack() as last:  # each of these is done whatever the others raise
-                last.callback(end_children, self._children_before)
-                last.callback(self._tracker.finish, status)
-                last.callback(self._write_summary)
-                last.callback(self._ledger.end, status, error)
-                last.callback(self._shut_down_ray)
-                last.callback(self._events.close)
+            try:
+                self._end(status, error, stopped)
+            except (OSError, sqlite3.OperationalError) as failure:
+                why = disk_error(failure, self._run_dir) or str(failure)
+                _say(f"how the run ended could not be noted: {why}", sys.stderr)
+                status, error = RunStatus.FAILED, error or why
         return self._say_goodbye(status, error)
+
+    def _end(self, status: RunStatus, error: str | None, stopped: Event | None) -> None:
+        with _signals_ignored(), ExitStack() as last:  # each of these is done whatever the others raise
+            last.callback(end_children, self._children_before)
+            last.callback(self._tracker.finish, status)
+            last.callback(self._write_summary)
+            last.callback(self._ledger.end, status, error)
+            last.callback(self._shut_down_ray)
+            last.callback(self._events.close)
+            if stopped is not None:
+                last.callback(self._events, stopped)
 
     def _run(self) -> None:
         self._write_summary()  # and again with each iteration: it is there even when this process is killed

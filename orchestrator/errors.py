@@ -27,6 +27,7 @@ All are picklable (they cross actor boundaries): their arguments are the argumen
 
 from __future__ import annotations
 
+import sqlite3
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -111,7 +112,8 @@ class FailureKind(StrEnum):
     BUG = "bug"
 
 
-_INFRASTRUCTURE = (DeadlineError, ActorLostError, PoolError, LostObjectError, PublicationError, OSError)
+_OF_DISKS = (OSError, sqlite3.OperationalError)
+_INFRASTRUCTURE = (DeadlineError, ActorLostError, PoolError, LostObjectError, PublicationError, *_OF_DISKS)
 _DATA = (JudgeError, TrainingError)
 
 

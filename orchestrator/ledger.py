@@ -240,7 +240,8 @@ class Ledger(LedgerReader):
         try:
             yield
         except BaseException:
-            self.db.execute("ROLLBACK")
+            if self.db.in_transaction:  # a disk that is full has ended it already
+                self.db.execute("ROLLBACK")
             raise
         self.db.execute("COMMIT")
 

@@ -10,11 +10,12 @@ NUM_PROMPTS = 24
 REFERENCE = {
     "engine": "transformers",
     "pipeline__iterations": 3,
-    "pipeline__wave_prompts": 4,
+    "pipeline__wave_prompts": 3,
+    "pipeline__keep_checkpoints": 3,
     "learner__checkpoint_steps": 2,
     "learner__batch_pairs": 4,
 }
-"""Of a run with two waves and several segments in each iteration, to be broken."""
+"""Of a run with three waves and several segments in each iteration, to be broken."""
 
 
 def write_prompts(path):
