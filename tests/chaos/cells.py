@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ray.cluster_utils import Cluster
-
 from launch.audit import audit
 from orchestrator.events import EventKind, read_events
-from tests.chaos.saboteur import FOLDER, register
+from tests.chaos.saboteur import FOLDER
 from tests.runs import overrides
 
 if TYPE_CHECKING:
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 RUN_S = 600.0
 """One process of a run must end after so long."""
 MAX_RESUMES = 5
+ADDRESS = re.compile(r"[\w.]+:\d+")
 SETTINGS = {
     # Two waves an iteration and checkpoints within it, so that there is something between all points.
     "pipeline__wave_prompts": 4,
@@ -99,22 +99,22 @@ def play(cell: Cell, folder: Path, *, name: str, visit: int, engine: str, expect
 
 @contextmanager
 def nodes(chaos: Path) -> Iterator[list[str]]:
-    """A Ray cluster of a head without room for actors and two nodes with room for all of them; settings that use it."""
-    os.environ[FOLDER] = str(chaos)  # which the nodes hand on to their actors
-    room = {"num_cpus": 4, "object_store_memory": 128 << 20}
-    health = {"health_check_period_ms": 1000, "health_check_timeout_ms": 1000, "health_check_failure_threshold": 3}
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={**room, "num_cpus": 0, "include_dashboard": False, "_system_config": health},
+    """A cluster of several nodes (`tests/chaos/nodes.py`); gives the settings that use it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.chaos.nodes"],
+        env=os.environ | {FOLDER: str(chaos)},  # which nodes hand on to their actors
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
+    assert process.stdin is not None
+    assert process.stdout is not None
     try:
-        for name in ("a", "b"):
-            (raylet,) = cluster.add_node(**room).all_processes["raylet"]
-            register("node", name, raylet.process.pid)
-        yield [f"cluster.address={cluster.address}"]
+        addresses = (line.strip() for line in process.stdout)
+        yield [f"cluster.address={next(line for line in addresses if ADDRESS.fullmatch(line))}"]
     finally:
-        cluster.shutdown()
-        del os.environ[FOLDER]
+        process.stdin.close()
+        process.wait(RUN_S)
 
 
 def _outcome(run_dir: Path, chaos: Path, code: int, expected: dict[str, bytes]) -> Outcome:
