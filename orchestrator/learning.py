@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 
+from learners.manifest import manifest_digest
 from orchestrator.errors import ActorLostError, DeadlineError, FailureKind, LostObjectError, ModelError, PoolError
 from orchestrator.events import Event, EventKind
 from orchestrator.queues import BatchQueue
@@ -118,15 +119,19 @@ class Learning:
         """
         for record in reversed(self._accounts.checkpoints()):
             try:
-                self.steps = self.ask(
-                    "load", str(self._run_dir / record.path), self.version, what=f"load {record.path}"
-                )
+                self._load(record)
             except ModelError as error:
                 self._give_up_checkpoint(record, error)
             else:
                 return record
         self.steps = 0
         return None
+
+    def _load(self, record: CheckpointRecord) -> None:
+        folder = self._run_dir / record.path
+        if manifest_digest(folder) != record.digest:
+            raise ModelError(f"{folder} is another checkpoint than the one that was written there.")
+        self.steps = self.ask("load", str(folder), self.version, what=f"load {record.path}")
 
     def _give_up_checkpoint(self, record: CheckpointRecord, error: ModelError) -> None:
         known = self._accounts.checkpoints()

@@ -1,0 +1,119 @@
+"""The learner as the loop sees it holds what the ledger says, whoever dies. The real one is in test_run and test_chaos."""
+
+import os
+import signal
+
+import pytest
+import ray
+
+from conf.compose import compose
+from learners.manifest import FileRecord, manifest_digest, write_manifest
+from orchestrator.accounts import Accounts, CheckpointRecord
+from orchestrator.errors import ModelError, PoolError
+from orchestrator.events import EventKind
+from orchestrator.learning import Learning
+from orchestrator.ledger import Ledger
+from orchestrator.stacks import Observable
+
+
+class FakeLearner(Observable):
+    """Holds the name of the checkpoint that it loaded; one that is named `damaged` cannot be."""
+
+    def __init__(self):
+        self.holds = "initial"
+
+    def ready(self):
+        return os.getpid()
+
+    def load(self, folder, version):
+        name = os.path.basename(folder)
+        if name == "damaged":
+            raise ModelError("a file is cut.")
+        self.holds = name
+        return len(name)
+
+    def held(self):
+        return self.holds
+
+
+@pytest.fixture
+def parts(ray_cluster, tmp_path):
+    """A learning with a budget of two restarts, its accounts and its events."""
+    events = []
+    with Ledger(tmp_path) as ledger:
+        learning = Learning(
+            config=compose(["learner.restarts=2"]),
+            run_dir=tmp_path,
+            start=lambda: ray.remote(FakeLearner).options(num_cpus=0, max_concurrency=2).remote(),
+            ledger=ledger,
+            accounts=Accounts(ledger),
+            emit=events.append,
+        )
+        learning.wait_ready()
+        yield learning, Accounts(ledger), events
+
+
+def checkpoint(learning, accounts, name, iteration):
+    folder = learning._run_dir / "checkpoints" / name
+    folder.mkdir(parents=True)
+    (folder / "trainer.json").write_text(name)
+    digest = write_manifest(folder, {"trainer.json": FileRecord(size=len(name), digest="0" * 16)})
+    record = CheckpointRecord(path=f"checkpoints/{name}", iteration=iteration, batches=1, step=iteration, digest=digest)
+    accounts.acknowledge(record, [])
+    return folder
+
+
+def die(learning):
+    os.kill(ray.get(learning.actor.ready.remote(), timeout=60), signal.SIGKILL)
+
+
+def test_one_that_dies_is_replaced_with_what_counts_until_the_budget_is_spent(parts):
+    learning, accounts, events = parts
+    checkpoint(learning, accounts, "first", 1)
+    checkpoint(learning, accounts, "second", 2)
+    for left in (1, 0):
+        die(learning)
+        assert learning.call("held", what="what it holds") == "second"
+        assert [event.kind for event in events[-2:]] == [EventKind.LOST, EventKind.REPLACED]
+        assert f"({left} restarts of the learner left)" in events[-2].text
+    die(learning)
+    with pytest.raises(PoolError, match=r"learner\.restarts"):
+        learning.call("held", what="what it holds")
+
+
+def test_a_queue_that_dies_takes_nothing_with_it(parts):
+    learning, accounts, events = parts
+    checkpoint(learning, accounts, "first", 1)
+    before = ray.get(learning.actor.ready.remote(), timeout=60)
+    learning.queue.end()
+    assert learning.surviving(lambda: learning.queue.size()) == 0
+    assert ray.get(learning.actor.ready.remote(), timeout=60) == before
+    assert learning.call("held", what="what it holds") == "initial", "it was not sent back"
+    assert "goes on from where it was" in events[-1].text
+
+
+def test_damaged_and_exchanged_checkpoints_are_gone_back_behind(parts):
+    learning, accounts, events = parts
+    first = checkpoint(learning, accounts, "first", 1)
+    exchanged = checkpoint(learning, accounts, "exchanged", 2)
+    checkpoint(learning, accounts, "damaged", 3)
+    (exchanged / "manifest.json").write_bytes((first / "manifest.json").read_bytes() + b" ")
+    assert learning.restore().path == "checkpoints/first"
+    assert learning.call("held", what="what it holds") == "first"
+    assert [record.path for record in accounts.checkpoints()] == ["checkpoints/first"]
+    told = [event.text for event in events if event.kind is EventKind.DAMAGED]
+    assert told[0].startswith("a file is cut. Going on from checkpoints/exchanged")
+    assert "is another checkpoint than the one that was written there" in told[1]
+    assert manifest_digest(first) == accounts.checkpoints()[0].digest
+
+
+def test_what_is_given_up_is_in_nobody_s_hands(parts):
+    learning, accounts, _ = parts
+    checkpoint(learning, accounts, "first", 1)
+    second = checkpoint(learning, accounts, "second", 2)
+    learning.restore()
+    learning.give_up(2)
+    assert learning.call("held", what="what it holds") == "first"
+    assert not second.exists()
+    learning.give_up(1)
+    assert learning.call("held", what="what it holds") == "initial"
