@@ -1,4 +1,4 @@
-"""The learner as the loop sees it holds what the ledger says, whoever dies. The real one is in test_run and test_chaos."""
+"""The learner as the loop sees it holds what the ledger says, whoever dies. A stand-in; the real one is in test_run."""
 
 import os
 import signal
