@@ -45,6 +45,7 @@ def overrides(folder, run_dir, *, kind="llama", engine="vllm", **more):
         "task.answer_field": "answer",
         "task.test_fraction": 0.2,
         "generator": engine,
+        "generator.num_actors": 1,
         "generator.max_tokens": 12,
         "generator.samples_per_prompt": 4,
         "scorer.verifier": "function",

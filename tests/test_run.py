@@ -24,6 +24,10 @@ from orchestrator.rollouts import Rollouts
 from orchestrator.store import read_pairs, read_rollouts
 from tests.runs import do_run, overrides
 
+# Two engines, so that one can be lost or wrong beside another, and long enough that something can happen on the way.
+TWO = {"generator__num_actors": 2}
+LONG = {**TWO, "pipeline__iterations": 3}
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -34,7 +38,7 @@ def folder(tmp_path_factory):
 def finished(folder, tmp_path_factory):
     """A run of three iterations that nothing disturbed."""
     run_dir = tmp_path_factory.mktemp("runs") / "finished"
-    assert do_run(folder, run_dir, pipeline__iterations=3, pipeline__keep_checkpoints=3) == 0
+    assert do_run(folder, run_dir, **LONG, pipeline__keep_checkpoints=3) == 0
     return run_dir
 
 
@@ -104,7 +108,7 @@ def test_records_of_a_run_say_where_they_come_from(finished):
 
 def test_the_same_seed_gives_the_same_pairs_and_weights(folder, finished, tmp_path):
     run_dir = tmp_path / "again"
-    assert do_run(folder, run_dir, pipeline__iterations=3) == 0
+    assert do_run(folder, run_dir, **LONG) == 0
     assert pairs_of(run_dir) == pairs_of(finished)
     assert weights_of(run_dir) == weights_of(finished)
 
@@ -125,7 +129,7 @@ def test_a_generator_that_is_killed_is_replaced_and_nothing_changes(folder, fini
 
     monkeypatch.setattr(Rollouts, "sample", sample_then_kill)
     run_dir = tmp_path / "killed"
-    assert do_run(folder, run_dir, pipeline__iterations=3) == 0
+    assert do_run(folder, run_dir, **LONG) == 0
     assert len(killed) == 2
     assert pairs_of(run_dir) == pairs_of(finished)
     assert weights_of(run_dir) == weights_of(finished)
@@ -146,7 +150,7 @@ class CorruptedGenerator(Generator):
 def test_a_corrupted_publication_stops_the_run_and_is_named(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("launch.placement.Generator", CorruptedGenerator)
     run_dir = tmp_path / "corrupted"
-    assert do_run(folder, run_dir, engine="transformers") == 1
+    assert do_run(folder, run_dir, engine="transformers", **TWO) == 1
     error = capsys.readouterr().err
     assert "generator-1: tensor model.layers.1.mlp.down_proj.weight of weights v1-" in error
     summary = json.loads((run_dir / "summary.json").read_text())
@@ -185,7 +189,7 @@ def stop(process, number, at_least=4):
 
 def test_signals_stop_at_once_and_resume_ends_as_if_nothing_had_happened(folder, finished, tmp_path):
     run_dir = tmp_path / "interrupted"
-    process = agon("run", *overrides(folder, run_dir, pipeline__iterations=3), stderr=subprocess.PIPE)
+    process = agon("run", *overrides(folder, run_dir, **LONG), stderr=subprocess.PIPE)
     wait_for(run_dir, process, lambda ledger: any(done.iteration >= 1 for done in ledger.finished()))
     assert f"run --resume {run_dir}" in stop(process, signal.SIGINT)
     status = agon("status", run_dir, stdout=subprocess.PIPE).communicate(timeout=60)[0]

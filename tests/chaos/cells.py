@@ -25,6 +25,7 @@ RUN_S = 600.0
 MAX_RESUMES = 5
 ADDRESS = re.compile(r"[\w.]+:\d+")
 SETTINGS = {
+    "generator__num_actors": 2,
     # Two waves an iteration and checkpoints within it, so that there is something between all points.
     "pipeline__wave_prompts": 4,
     "learner__checkpoint_steps": 2,
