@@ -25,6 +25,7 @@ from launch.resources import check_resources
 from launch.resuming import check_resumable
 from launch.seeds import load_seeds
 from launch.tokenizers import load_tokenizer
+from orchestrator import ledger, runlock
 from orchestrator.errors import ConfigError, DataError, ModelError, UserError
 from orchestrator.prompts import PromptStream, Renderer, check_lengths, fitting
 from orchestrator.tasks import build_task
@@ -130,11 +131,15 @@ def run_folder(config: Config) -> Path:
     return Path(config.run_dir or Path("runs", name)).absolute()
 
 
+_BEFORE_IT_BEGINS = (runlock.FILE_NAME, *(f"{ledger.FILE_NAME}{end}" for end in ("", "-wal", "-shm")))
+"""What a run that died before it noted its configuration may have left; there is nothing in it."""
+
+
 def _check_run_dir(run_dir: Path, resume: Path | None) -> None:
     if resume is not None:
         if not (run_dir / CONFIG_FILE).is_file():
             raise ConfigError(f"{run_dir}: holds no run (there is no {CONFIG_FILE})")
-    elif run_dir.is_dir() and any(run_dir.iterdir()):
+    elif run_dir.is_dir() and any(path.name not in _BEFORE_IT_BEGINS for path in run_dir.iterdir()):
         if (run_dir / CONFIG_FILE).exists():
             raise ConfigError(
                 f"run_dir={run_dir}: holds another run: go on with it (agon run --resume {run_dir}), or choose"

@@ -210,15 +210,15 @@ class Run:
         with self._stage("warm start"):
             model_dir = prepare_initial_model(config, self._run_dir, self._show_warm_start)
             config = prepare_judge_model(config, self._run_dir, model_dir, self._show_judge_training)
-        with self._stage("start"):
-            from launch.wiring import build_context
-            from orchestrator.controller import Controller
-            from orchestrator.watchdog import Watchdog
+        from launch.wiring import build_context
+        from orchestrator.controller import Controller
+        from orchestrator.watchdog import Watchdog
 
-            context = build_context(
-                config, self._inputs, model_dir, ledger=self._ledger, tracker=self._tracker, emit=self._events
-            )
         with Watchdog(self._events, config.cluster.stall_s):
+            with self._stage("start"):
+                context = build_context(
+                    config, self._inputs, model_dir, ledger=self._ledger, tracker=self._tracker, emit=self._events
+                )
             Controller(context).run()
         with self._stage("export"):
             from launch.export import export

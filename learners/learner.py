@@ -97,7 +97,7 @@ class Learner(Observable):
                 self._results.clear()
             return self._trainer.begin_iteration(iteration, total_steps)
 
-    def train(self, queue: BatchQueue, start: int, end: int) -> list[UpdateResult]:
+    def train(self, queue: BatchQueue, start: int, end: int, *, acknowledged: int) -> list[UpdateResult]:
         """Consumes batches of the iteration from the queue until `end` of them are done, each once.
 
         A batch that comes again, because its lease ran out or the queue was filled anew, is acknowledged and dropped.
@@ -107,6 +107,7 @@ class Learner(Observable):
             queue: holds those that are not done, in order.
             start: number of the first batch whose result is asked for; it may be done already.
             end: number behind the last one.
+            acknowledged: batches that count; what the others did may be asked for again.
 
         Returns:
             What each of the batches from `start` on did, those that an earlier call consumed included.
@@ -119,7 +120,7 @@ class Learner(Observable):
         """
         with self._busy:
             self._steps_done = 0
-            self._results = {number: result for number, result in self._results.items() if number >= start}
+            self._results = {number: result for number, result in self._results.items() if number >= acknowledged}
             while self._trainer.batches_done < end:
                 lease = queue.lease(timeout_s=self._step_deadline_s, duration_s=self._step_deadline_s)
                 if lease is None:

@@ -100,7 +100,7 @@ def _read(folder: Path) -> bytes:
 def _parse(folder: Path, text: bytes) -> dict[str, FileRecord]:
     try:
         records = {str(name): FileRecord(**record) for name, record in json.loads(text)["files"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ModelError(f"{folder / FILE_NAME} is damaged ({error!r}): {_ADVICE}") from error
     odd = [n for n, r in records.items() if Path(n).name != n or type(r.size) is not int or type(r.digest) is not str]
     if odd:

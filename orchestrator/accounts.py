@@ -136,7 +136,8 @@ class Accounts:
         self._db.executemany("INSERT INTO pairs VALUES (?, ?, ?)", [(pair.id, iteration, wave) for pair in pairs])
 
     def plan_batches(self, iteration: int, batches: Sequence[Sequence[PreferencePair]]) -> None:
-        """Notes the batches of an iteration; what is known of one that was planned before stays."""
+        """Notes the batches of an iteration; those that count already stay, others that were planned before do not."""
+        self._db.execute("DELETE FROM batches WHERE iteration = ? AND acknowledged IS NULL", (iteration,))
         self._db.executemany(
             "INSERT OR IGNORE INTO batches (iteration, number, pairs) VALUES (?, ?, ?)",
             [(iteration, number, json.dumps([pair.id for pair in batch])) for number, batch in enumerate(batches)],

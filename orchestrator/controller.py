@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from orchestrator.errors import AgonError, TrainingError
 from orchestrator.evaluation import evaluate
 from orchestrator.events import Event, EventKind
-from orchestrator.iteration import Iteration, keep_answers
+from orchestrator.iteration import ROLLED_BACK, Iteration, keep_answers
 from orchestrator.publisher import reference_version
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from orchestrator.ledger import FinishedIteration
     from orchestrator.types import PolicyVersion
 
-_MAX_EMPTY_ITERATIONS = 3
-_MAX_ROLLED_BACK = 3
+_MAX_BARREN = 3
+"""Iterations in a row that come to nothing before the run stops."""
 
 
 class Controller:
@@ -54,6 +54,8 @@ class Controller:
             AgonError: whatever stops the run; nothing that counts is lost.
         """
         context, config = self._context, self._context.config
+        if before := context.ledger.resume_point():
+            context.learning.version = before.version.number
         checkpoint = context.learning.surviving(context.learning.restore)
         finished = context.ledger.finished()  # read after it: a checkpoint that is damaged undoes iterations
         if context.ledger.phases():
@@ -63,20 +65,25 @@ class Controller:
             self._continue_from(finished, checkpoint)
         else:
             self._begin()
-        empty = rolled_back = 0
         for number in range(len(self._versions), config.pipeline.iterations + 1):
+            self._check_progress()
             reference = reference_version(config.reference.kind, config.reference.ema_decay, self._versions)
-            outcome = Iteration(context, number, self._versions[-1], reference).run()
-            self._versions.append(outcome.version)
-            empty = 0 if outcome.num_pairs else empty + 1
-            if empty == _MAX_EMPTY_ITERATIONS:
-                raise AgonError(f"{empty} iterations in a row made no pair. {self._why_no_pairs(outcome.metrics)}")
-            rolled_back = rolled_back + 1 if outcome.rolled_back else 0
-            if rolled_back == _MAX_ROLLED_BACK:
-                raise TrainingError(
-                    f"{rolled_back} iterations in a row were rolled back (events.jsonl says why each time): lower"
-                    " learner.lr or raise loss.beta, look at the pairs in skipped/, or widen what promotion.* allows"
-                )
+            self._versions.append(Iteration(context, number, self._versions[-1], reference).run())
+        self._check_progress()
+
+    def _check_progress(self) -> None:
+        """Stops a run that gets nowhere, whichever processes its latest iterations ran in."""
+        latest = [done.metrics for done in self._context.ledger.finished() if done.iteration > 0][-_MAX_BARREN:]
+        if len(latest) < _MAX_BARREN:
+            return
+        if all(not metrics.get("pairs/kept") for metrics in latest):
+            raise AgonError(f"{_MAX_BARREN} iterations in a row made no pair. {self._why_no_pairs(latest[-1])}")
+        if all(metrics.get(ROLLED_BACK) for metrics in latest):
+            raise TrainingError(
+                f"{_MAX_BARREN} iterations in a row were rolled back (events.jsonl says why each time). Look at the"
+                " pairs in skipped/, and start a new run with a lower learner.lr, a higher loss.beta, or promotion.* that"
+                f" allow more: agon run --config {self._context.run_dir / 'config.yaml'} run_dir=... key=value"
+            )
 
     def _why_no_pairs(self, metrics: Mapping[str, float]) -> str:
         score, scorer = metrics.get("rollout/score_mean", math.nan), self._context.config.scorer

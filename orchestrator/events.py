@@ -104,5 +104,6 @@ class EventLog:
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
     """The whole lines of a run's events, oldest first; none where nothing happened."""
     path = run_dir / FILE_NAME
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    # Not `splitlines`, which breaks at characters that JSON leaves as they are. What is behind the last one is torn.
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]

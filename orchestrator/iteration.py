@@ -14,7 +14,6 @@ What counts is never done again: a run that is resumed goes on within the stage 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from orchestrator import metrics
@@ -27,7 +26,7 @@ from orchestrator.summary import build_summary, write_summary
 from orchestrator.waves import Wave
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from conf.schema import Config
     from orchestrator.context import Context
@@ -36,18 +35,6 @@ if TYPE_CHECKING:
 
 ROLLED_BACK = "promotion/rolled_back"
 """1 in the metrics of an iteration whose weights were given up."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """What a finished iteration leaves behind."""
-
-    version: PolicyVersion
-    num_pairs: int
-    rolled_back: bool
-    """The version is that of the policy before."""
-    metrics: Mapping[str, float]
-    """As they were logged."""
 
 
 class Iteration:
@@ -60,8 +47,8 @@ class Iteration:
         self._reference = reference
         self._metrics: dict[str, float] = {ROLLED_BACK: 0.0}
 
-    def run(self) -> Outcome:
-        """Runs all stages, from where an earlier process broke off."""
+    def run(self) -> PolicyVersion:
+        """Runs all stages, from where an earlier process broke off; returns the next data policy."""
         context, number = self._context, self._number
         context.prompts.skip = frozenset(context.accounts.quarantined(before=number))
         with context.stage("collect", number):
@@ -77,10 +64,7 @@ class Iteration:
         if _is_evaluated(context.config, number):
             self._measure("evaluate", self._evaluate)
         with context.stage("promote", number):
-            version = self._promote(version)
-        return Outcome(
-            version=version, num_pairs=len(pairs), rolled_back=bool(self._metrics[ROLLED_BACK]), metrics=self._metrics
-        )
+            return self._promote(version)
 
     def _collect(self) -> Sequence[PreferencePair]:
         context, waves = self._context, self._waves()

@@ -69,7 +69,7 @@ class Learning:
         self.steps = 0
         """Batches of the run that the weights which count contain."""
         self.actor = self._begin()
-        self.queue = BatchQueue.create(config.pipeline.queue_capacity)
+        self.queue = self._new_queue()
 
     def wait_ready(self) -> None:
         """Waits until the learner is up. Raises DeadlineError or ActorLostError: it is not."""
@@ -80,6 +80,7 @@ class Learning:
             knob="learner.start_deadline_s",
         )
         introduce(Peer(role="learner", name="learner", actor=self.actor, where=where))
+        self.queue.wait_ready(self._config.learner.start_deadline_s)
 
     def _begin(self) -> Any:
         actor = self._start()
@@ -117,13 +118,17 @@ class Learning:
         Raises:
             ActorLostError: the learner died.
         """
+        damaged = False
         for record in reversed(self._accounts.checkpoints()):
             try:
                 self._load(record)
-            except ModelError as error:
+            except (ModelError, OSError) as error:
                 self._give_up_checkpoint(record, error)
+                damaged = True
             else:
                 return record
+        if damaged:
+            self._begin_anew()
         self.steps = 0
         return None
 
@@ -133,7 +138,7 @@ class Learning:
             raise ModelError(f"{folder} is another checkpoint than the one that was written there.")
         self.steps = self.ask("load", str(folder), self.version, what=f"load {record.path}")
 
-    def _give_up_checkpoint(self, record: CheckpointRecord, error: ModelError) -> None:
+    def _give_up_checkpoint(self, record: CheckpointRecord, error: ModelError | OSError) -> None:
         known = self._accounts.checkpoints()
         before = known[known.index(record) - 1] if known.index(record) else None
         self._emit(
@@ -149,13 +154,13 @@ class Learning:
             self._accounts.rewind(before)
             self._ledger.unfinish_iterations(after=before.iteration if before else 0)
 
-    def tidy(self) -> None:
-        """Removes folders of checkpoints that do not count."""
+    def tidy(self, *, partial: bool = False) -> None:
+        """Removes folders of checkpoints that do not count; `partial`: also what nobody writes to any more."""
         kept = {self._run_dir / record.path for record in self._accounts.checkpoints()}
         folder = self._run_dir / FOLDER
-        for path in folder.iterdir() if folder.exists() else ():
-            if path not in kept:
-                shutil.rmtree(path)
+        for path in list(folder.iterdir()) if folder.exists() else ():
+            if path not in kept and (partial or not path.name.startswith(".")):
+                shutil.rmtree(path, ignore_errors=True)  # what is left of it is removed the next time
 
     def undo(self, iteration: int) -> bool:
         """Takes back what counts of an iteration's training, whose pairs are damaged; False where nothing does."""
@@ -165,6 +170,7 @@ class Learning:
             return False
         with self._ledger.transaction():
             self._accounts.rewind(before[-1] if before else None)
+            self._ledger.unfinish_iterations(after=iteration - 1)
         self.surviving(self._go_back)
         return True
 
@@ -220,7 +226,7 @@ class Learning:
 
     def _lives(self) -> bool:
         try:
-            fetch(self.actor.ready.remote(), what="learner: sign of life", deadline_s=_ALIVE_S, knob="nothing")
+            fetch(self.actor.ready.remote(), what="learner: sign of life", deadline_s=_ALIVE_S, knob="learner.restarts")
         except (ActorLostError, DeadlineError):
             return False
         return True
@@ -228,7 +234,11 @@ class Learning:
     def _renew_queue(self) -> None:
         """A queue that knows nothing of batches that were handed out before."""
         self.queue.end()
-        self.queue = BatchQueue.create(self._config.pipeline.queue_capacity)
+        self.queue = self._new_queue()
+        self.queue.wait_ready(self._config.learner.start_deadline_s)
+
+    def _new_queue(self) -> BatchQueue:
+        return BatchQueue.create(self._config.pipeline.queue_capacity, deadline_s=self._config.learner.step_deadline_s)
 
     def _tell(self, kind: EventKind, text: str) -> None:
         self._emit(Event(kind=kind, role="learner", actor="learner", failure=FailureKind.INFRASTRUCTURE, text=text))

@@ -113,9 +113,8 @@ class ActorPool(Generic[Work, Result]):
         for slot in self.living:
             while slot.actor is not None:
                 try:
-                    answers.append(
-                        fetch(refs[slot.name], what=f"{slot.name}: {what}", deadline_s=deadline_s, knob=knob)
-                    )
+                    left_s = max(_GLANCE_S, end - time.monotonic())
+                    answers.append(fetch(refs[slot.name], what=f"{slot.name}: {what}", deadline_s=left_s, knob=knob))
                     break
                 except ActorLostError as error:
                     self.report_lost(slot, error, what)

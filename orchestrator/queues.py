@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_GRACE_S = 10.0  # a remote call may take this much longer than the wait it performs
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lease(Generic[Item]):
@@ -173,15 +171,25 @@ class QueueActor(Observable):
 
 
 class BatchQueue:
-    """Handle of a queue of preference batches, usable from any process of the cluster."""
+    """Handle of a queue of preference batches, usable from any process of the cluster.
 
-    def __init__(self, actor: Any) -> None:
+    Args:
+        actor: of `QueueActor`.
+        deadline_s: of an answer, beside the wait that was asked for (`learner.step_deadline_s`).
+    """
+
+    def __init__(self, actor: Any, deadline_s: float) -> None:
         self._actor = actor
+        self._deadline_s = deadline_s
 
     @classmethod
-    def create(cls, capacity: int) -> BatchQueue:
-        """Starts the queue's actor."""
-        return cls(ray.remote(QueueActor).options(num_cpus=0, max_concurrency=64).remote(capacity))
+    def create(cls, capacity: int, *, deadline_s: float) -> BatchQueue:
+        """Starts the queue's actor, and does not wait for it."""
+        return cls(ray.remote(QueueActor).options(num_cpus=0, max_concurrency=64).remote(capacity), deadline_s)
+
+    def wait_ready(self, deadline_s: float) -> None:
+        """Waits until the actor is up, for `learner.start_deadline_s`."""
+        fetch(self._actor.size.remote(), what="queue: start", deadline_s=deadline_s, knob="learner.start_deadline_s")
 
     def put(self, ref: Any, *, timeout_s: float) -> bool:
         """Hands over the object reference of a batch, waiting for room; False when none came within `timeout_s`.
@@ -200,26 +208,26 @@ class BatchQueue:
         lease: Lease[Any] | None = self._call(self._actor.lease.remote(timeout_s, duration_s), "lease", timeout_s)
         return lease
 
-    def acknowledge(self, lease_id: int, *, timeout_s: float = 30.0) -> bool:
+    def acknowledge(self, lease_id: int) -> bool:
         """Says that a batch was trained on; False when the lease had run out."""
-        return bool(self._call(self._actor.acknowledge.remote(lease_id), "acknowledge", timeout_s))
+        return bool(self._call(self._actor.acknowledge.remote(lease_id), "acknowledge"))
 
-    def redeliver(self, lease_id: int, *, timeout_s: float = 30.0) -> bool:
+    def redeliver(self, lease_id: int) -> bool:
         """Gives a batch back."""
-        return bool(self._call(self._actor.redeliver.remote(lease_id), "redeliver", timeout_s))
+        return bool(self._call(self._actor.redeliver.remote(lease_id), "redeliver"))
 
-    def close(self, *, timeout_s: float = 30.0) -> None:
+    def close(self) -> None:
         """No more batches will come."""
-        self._call(self._actor.close.remote(), "close", timeout_s)
+        self._call(self._actor.close.remote(), "close")
 
-    def size(self, *, timeout_s: float = 30.0) -> int:
+    def size(self) -> int:
         """Batches not yet acknowledged."""
-        return int(self._call(self._actor.size.remote(), "size", timeout_s))
+        return int(self._call(self._actor.size.remote(), "size"))
 
     def end(self) -> None:
         """Ends the actor; what it holds is forgotten."""
         ray.kill(self._actor)
 
-    @staticmethod
-    def _call(ref: Any, verb: str, timeout_s: float) -> Any:
-        return fetch(ref, what=f"queue: {verb}", deadline_s=timeout_s + _GRACE_S, knob="learner.step_deadline_s")
+    def _call(self, ref: Any, verb: str, waits_s: float = 0.0) -> Any:
+        deadline_s = waits_s + self._deadline_s
+        return fetch(ref, what=f"queue: {verb}", deadline_s=deadline_s, knob="learner.step_deadline_s")

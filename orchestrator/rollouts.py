@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import RayActorError
 
 from orchestrator.dispatch import Poisoned
 from orchestrator.seeds import derive_seed
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from orchestrator.pools import ActorPool
     from orchestrator.tracking import Tracker
     from orchestrator.types import PolicyVersion, Prompt
+
+_GLANCE_S = 1.0  # how long the progress bar waits for generators to say how far they are
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,12 +179,13 @@ class Rollouts:
 
     def _generated(self) -> tuple[int, int]:
         """Completions and tokens made so far by the actors that answer now; only drawn on the screen."""
+        asked = [actor.generated.remote() for actor in self._roles.generators.actors]
+        answered, _ = ray.wait(asked, num_returns=len(asked), timeout=_GLANCE_S) if asked else ([], [])
         completions = tokens = 0
-        for actor in self._roles.generators.actors:
+        for ref in answered:
             try:
-                made = ray.get(actor.generated.remote(), timeout=5)
-            except (RayActorError, GetTimeoutError):
-                # The wave itself notices a dead or stuck actor; the progress bar need not.
-                continue
+                made = ray.get(ref)
+            except RayActorError:
+                continue  # the wave itself notices a dead actor; the progress bar need not
             completions, tokens = completions + made[0], tokens + made[1]
         return completions, tokens

@@ -7,14 +7,10 @@ import json
 import os
 import socket
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, TextIO
-
-import psutil
+from pathlib import Path
+from typing import TextIO
 
 from orchestrator.errors import ResourceError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 FILE_NAME = "run.lock"
 
@@ -25,8 +21,8 @@ class Holder:
 
     pid: int
     host: str
-    process_started: float
-    """Seconds since the epoch; tells the process from a later one with the same id."""
+    process_started: str
+    """Boot of the machine, and ticks since then; tells the process from a later one with its id, whatever the clock."""
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -36,10 +32,7 @@ class Holder:
         """Whether it lives; None when it is on another machine."""
         if self.host != socket.gethostname():
             return None
-        try:
-            return bool(abs(psutil.Process(self.pid).create_time() - self.process_started) < 1)
-        except psutil.NoSuchProcess:
-            return False
+        return _started(self.pid) == self.process_started
 
 
 class RunLock:
@@ -64,8 +57,7 @@ class RunLock:
                 f"{self._path.parent} is in use by {holder(self._path.parent) or 'another process'}:"
                 " wait for that run to end, stop it, or choose another run_dir"
             ) from error
-        me = psutil.Process()
-        held_by = Holder(pid=me.pid, host=socket.gethostname(), process_started=me.create_time())
+        held_by = Holder(pid=os.getpid(), host=socket.gethostname(), process_started=_started(os.getpid()) or "")
         file.truncate(0)
         file.write(json.dumps(asdict(held_by)))
         file.flush()
@@ -78,6 +70,16 @@ class RunLock:
             self._file.truncate(0)
             self._file.close()
             self._file = None
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this machine started; None where there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return f"{boot}:{stat.rpartition(')')[2].split()[19]}"  # field 22 of proc(5); the name before may hold anything
 
 
 def holder(run_dir: Path) -> Holder | None:

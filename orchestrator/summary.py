@@ -42,7 +42,11 @@ def build_summary(ledger: LedgerReader, *, seconds: Mapping[str, float] | None =
         spent[phase.phase] += phase.seconds or 0.0
         tokens[phase.phase] += phase.tokens
     last = finished[-1] if finished else None
-    evaluated = [iteration for iteration in finished if iteration.iteration > 0 and _accuracy(iteration)["greedy"]]
+    evaluated = [
+        done
+        for done in finished
+        if done.iteration > 0 and _accuracy(done)["greedy"] and not done.metrics.get("promotion/rolled_back")
+    ]
     return {
         "recipe": run and run.recipe,
         "seed": run and run.seed,

@@ -156,4 +156,4 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics file; none when there is no file."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]

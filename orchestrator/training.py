@@ -125,7 +125,8 @@ class Training:
             self._acknowledge(*written)
 
     def _segment(self, iteration: int, batches: list[list[PreferencePair]], start: int, end: int) -> list[UpdateResult]:
-        training = self._learning.actor.train.remote(self._learning.queue, start, end)
+        acknowledged = len(self._accounts.results(iteration))
+        training = self._learning.actor.train.remote(self._learning.queue, start, end, acknowledged=acknowledged)
         self._feed(iteration, batches, start, end, training)
         try:
             results: list[UpdateResult] = fetch_with_progress(

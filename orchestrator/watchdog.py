@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from typing import TYPE_CHECKING
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from orchestrator.errors import FailureKind
 from orchestrator.events import Event, EventKind
@@ -46,7 +47,7 @@ class Watchdog:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, stack: TracebackType | None
     ) -> None:
         self._stop.set()
         self._thread.join(2 * _ANSWER_S)
@@ -59,7 +60,10 @@ class Watchdog:
                 age = time.monotonic() - wait.since
                 if age >= self._due[wait]:
                     self._due[wait] = 2 * age
-                    self._report(wait, age)
+                    try:
+                        self._report(wait, age)
+                    except Exception:  # noqa: BLE001 - a watchdog that cannot say one thing goes on to the next
+                        traceback.print_exc()
 
     def _report(self, wait: Wait, age: float) -> None:
         peers = owners(wait.refs)
@@ -98,4 +102,6 @@ def _answer(ref: object) -> str:
         )
     except RayActorError:
         return "is dead"
+    except RayError as error:
+        return f"cannot say what it does: {type(error).__name__}"
     return "is at\n" + "\n".join(stack.splitlines()[-_LINES:])

@@ -120,9 +120,13 @@ class Waves:
     def _committed(self, wave: Wave) -> tuple[list[PreferencePair], Tally] | None:
         """What was committed of a wave by an earlier process; None where it has to be done."""
         outcome = self._accounts.wave_outcome(wave.iteration, wave.number)
-        if outcome is None or outcome["policy"] != wave.policy.digest:
+        if outcome is None:
             return None
         paths = {kind: self._store.path(kind, wave.iteration, wave.number) for kind in outcome["files"]}
+        if outcome["policy"] != wave.policy.digest:
+            for path in paths.values():
+                self._archive.drop(path)
+            return None
         if not all(self._archive.intact(path) for path in paths.values()):
             return None
         return read_pairs(paths["pairs"]), Tally.load(outcome["tally"])

@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+import xxhash
+
 from actors.judges.reading import Words
 from actors.judges.verdicts import parse_choice, parse_score
 from conf.compose import compose, flatten, resolved_yaml
 from conf.layers import groups, knobs
 from conf.schema import TaskConfig
 from conf.validate import problems
-from launch.model_files import read_header, read_json
-from launch.resuming import _check_checkpoint
+from launch.model_files import read_header
+from learners.manifest import check_content, check_sizes
 from orchestrator.tasks import build_task
 from orchestrator.types import Completion, FinishReason, SamplingParams
 from tests.records import V0
@@ -263,17 +265,16 @@ TRAINER = {"step": 3, "rng": [1, 2, 3], "name": "x"}
 def checkpoint_cases(random, folder):
     folder = folder / "checkpoint"
     folder.mkdir()
-    for name in ("optimizer", "reference"):
-        (folder / f"{name}.safetensors").write_bytes(written(HEADER))
     while True:
         header = changed(HEADER, random) if random.random() < 0.6 else HEADER
-        weights = written(header)
-        trainer = json.dumps(changed(TRAINER, random) if random.random() < 0.3 else TRAINER).encode()
-        if random.random() < 0.5:
-            weights = damaged(weights, random)
-        if random.random() < 0.2:
-            trainer = damaged(trainer, random)
-        yield folder, weights, trainer
+        whole = {"weights.safetensors": written(header), "trainer.json": json.dumps(TRAINER).encode()}
+        records = {name: {"size": len(data), "digest": xxhash.xxh3_64_hexdigest(data)} for name, data in whole.items()}
+        manifest = {"files": changed(records, random) if random.random() < 0.3 else records}
+        files = {**whole, "manifest.json": json.dumps(manifest).encode()}
+        for name in files:
+            if random.random() < 0.3:
+                files[name] = damaged(files[name], random)
+        yield folder, files
 
 
 def written(header):
@@ -282,12 +283,14 @@ def written(header):
 
 
 def read_checkpoints(case):
-    """Tensors of an accepted file lie within it, one behind the other."""
-    folder, weights, trainer = case
-    (folder / "weights.safetensors").write_bytes(weights)
-    (folder / "trainer.json").write_bytes(trainer)
-    _check_checkpoint(folder, moving=True)
-    assert isinstance(read_json(folder / "trainer.json"), dict)
+    """Only what was written is accepted, and tensors of an accepted file lie within it, one behind the other."""
+    folder, files = case
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    records = check_sizes(folder)
+    check_content(folder, records, sorted(records))
+    assert all(xxhash.xxh3_64_hexdigest(files[name]) == record.digest for name, record in records.items())
+    weights = files["weights.safetensors"]
     shapes = read_header(folder / "weights.safetensors")
     length = int.from_bytes(weights[:8], "little")
     table = json.loads(weights[8 : 8 + length])

@@ -281,12 +281,12 @@ def put(queue, made):
 def test_each_batch_counts_once_however_often_it_is_delivered(ray_cluster, learner, model_dir, tmp_path):
     """Batches that were consumed come again in front, in between and after the iteration's end."""
     made = make_batches()
-    queue = BatchQueue.create(capacity=20)
+    queue = BatchQueue.create(20, deadline_s=30)
     put(queue, [made[0], made[1], made[0], made[1], made[2], made[2]])
-    assert [result.batch for result in learner.train(queue, 0, 3)] == [0, 1, 2]
+    assert [result.batch for result in learner.train(queue, 0, 3, acknowledged=0)] == [0, 1, 2]
     learner.save(str(tmp_path / "saved"))
     put(queue, made[3:])
-    assert [result.batch for result in learner.train(queue, 3, 6)] == [3, 4, 5]
+    assert [result.batch for result in learner.train(queue, 3, 6, acknowledged=3)] == [3, 4, 5]
     assert len(learner.saved(str(tmp_path / "saved"))) == 16
     assert queue.size() == 0
     finished = bits(learner._trainer)
@@ -296,20 +296,20 @@ def test_each_batch_counts_once_however_often_it_is_delivered(ray_cluster, learn
     assert learner.begin_iteration(1, 6) == 3
     assert learner._trainer.version == 7
     put(queue, made)
-    assert [result.batch for result in learner.train(queue, 3, 6)] == [3, 4, 5]
+    assert [result.batch for result in learner.train(queue, 3, 6, acknowledged=3)] == [3, 4, 5]
     assert_same(bits(learner._trainer), finished, but=("version",))
 
     learner.begin_iteration(2, 6)
     put(queue, [made[5], make_batches(2)[0]])
-    assert [result.batch for result in learner.train(queue, 0, 1)] == [0], "of the iteration before"
+    assert [result.batch for result in learner.train(queue, 0, 1, acknowledged=0)] == [0], "of the iteration before"
     put(queue, [make_batches(2)[2]])
     with pytest.raises(RuntimeError, match="batch 2 of iteration 2 where batch 1 of iteration 2 was due"):
-        learner.train(queue, 1, 2)
+        learner.train(queue, 1, 2, acknowledged=1)
 
 
 def test_a_lease_that_ran_out_while_training_is_no_error(ray_cluster, learner, monkeypatch):
     made = make_batches()
-    queue = BatchQueue.create(capacity=20)
+    queue = BatchQueue.create(20, deadline_s=30)
     put(queue, made[:2])
     lease = queue.lease
     monkeypatch.setattr(queue, "lease", lambda *, timeout_s, duration_s: lease(timeout_s=timeout_s, duration_s=0))
@@ -323,13 +323,13 @@ def test_a_lease_that_ran_out_while_training_is_no_error(ray_cluster, learner, m
         return refused[-1]
 
     monkeypatch.setattr(queue, "acknowledge", acknowledge)
-    assert [result.batch for result in learner.train(queue, 0, 1)] == [0]
+    assert [result.batch for result in learner.train(queue, 0, 1, acknowledged=0)] == [0]
     assert refused == [False]
 
 
 def test_a_queue_that_dies_leaves_a_learner_that_goes_on(ray_cluster, learner, monkeypatch):
     made = make_batches()
-    queue, other = BatchQueue.create(capacity=20), BatchQueue.create(capacity=20)
+    queue, other = BatchQueue.create(20, deadline_s=30), BatchQueue.create(20, deadline_s=30)
     put(queue, made[:3])
     annotate = learner._trainer.annotate
 
@@ -340,10 +340,10 @@ def test_a_queue_that_dies_leaves_a_learner_that_goes_on(ray_cluster, learner, m
 
     monkeypatch.setattr(learner._trainer, "annotate", kill_then_annotate)
     with pytest.raises(ActorLostError):
-        learner.train(queue, 0, 6)
+        learner.train(queue, 0, 6, acknowledged=0)
     assert learner.begin_iteration(1, 6) == 3, "the one that could not be acknowledged was consumed"
     put(other, made[2:])
-    assert [result.batch for result in learner.train(other, 0, 6)] == [0, 1, 2, 3, 4, 5], "none is lost"
+    assert [result.batch for result in learner.train(other, 0, 6, acknowledged=0)] == [0, 1, 2, 3, 4, 5], "none is lost"
 
 
 def test_a_queue_without_batches_is_named(learner):
@@ -352,4 +352,4 @@ def test_a_queue_without_batches_is_named(learner):
             return None
 
     with pytest.raises(DeadlineError, match="no batch in the queue within 20 s"):
-        learner.train(Empty(), 0, 1)
+        learner.train(Empty(), 0, 1, acknowledged=0)

@@ -223,7 +223,7 @@ def test_answers_of_a_prompt_are_read_once_and_long_pairs_are_counted(base):
 def test_pairs_are_read_from_a_run_and_from_jsonl(tmp_path):
     run_pairs = [with_texts(p, f"q{i}") for i, p in enumerate(make_pairs(2))]
     store = Store(tmp_path)
-    read = read_labelled_pairs(store.write_pairs(1, run_pairs))
+    read = read_labelled_pairs(store.write_pairs(1, 0, run_pairs))
     assert [p.prompt for p in read] == [p.prompt.text for p in run_pairs]
     assert [p.chosen.text for p in read] == [p.chosen.text for p in run_pairs]
     assert not any(p.rejected.ended for p in read)

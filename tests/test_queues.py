@@ -113,7 +113,7 @@ def test_capacity_must_be_positive():
 
 
 def test_batches_pass_through_ray_zero_copy_with_back_pressure(ray_cluster):
-    queue = BatchQueue.create(capacity=2)
+    queue = BatchQueue.create(2, deadline_s=30)
     columns = {"tokens": np.arange(100_000, dtype=np.int32)}
     refs = [ray.put(columns) for _ in range(3)]
     assert queue.put(refs[0], timeout_s=5)

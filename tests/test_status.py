@@ -101,7 +101,7 @@ def test_a_run_whose_process_was_killed_is_interrupted(ledger, tmp_path):
 
 
 def test_a_run_on_another_machine_cannot_be_judged(ledger, tmp_path):
-    (tmp_path / "run.lock").write_text('{"pid": 1, "host": "elsewhere", "process_started": 1.0}')
+    (tmp_path / "run.lock").write_text('{"pid": 1, "host": "elsewhere", "process_started": "x:1"}')
     found = read_status(tmp_path)
     assert (found["state"], found["note"]) == ("unknown", "process 1 on elsewhere cannot be looked at from here")
 

@@ -34,10 +34,20 @@ class VerdictCache:
         self._capacity = capacity
         self._verdicts: OrderedDict[str, Verdict] = OrderedDict()
         self.hits = 0
-        """Verdicts that were wanted and needed no asking."""
+        """Verdicts since the last `start_anew` that were wanted and needed no asking."""
 
     def __len__(self) -> int:
         return len(self._verdicts)
+
+    def start_anew(self) -> int:
+        """Forgets all verdicts; returns how many were wanted again.
+
+        A process that was resumed then asks the same questions together as one that has judged the waves before, and
+        gets the same verdicts to the last bit.
+        """
+        hits, self.hits = self.hits, 0
+        self._verdicts.clear()
+        return hits
 
     def resolve(self, questions: Sequence[tuple[str, str]], ask: Ask) -> list[Verdict]:
         """The verdicts of (key, question)s, in order. Those that are not remembered are asked, each once, in one call.

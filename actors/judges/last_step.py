@@ -65,7 +65,7 @@ class LastStep:
 
     def metrics(self) -> Tally:
         """Of the evaluations since the last call, for `search/`."""
-        hits, self._reader.cache.hits = self._reader.cache.hits, 0
+        hits = self._reader.cache.start_anew()
         return self._reliability.report(cache_hits=hits).renamed("judge/", "search/evaluation_")
 
     def _question(self, prompt: Prompt, text: str) -> str:

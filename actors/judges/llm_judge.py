@@ -85,7 +85,7 @@ class LlmJudge:
 
     def metrics(self) -> Tally:
         """See `Judge.metrics`; the figures are those of `actors.judges.reliability`."""
-        hits, self._reader.cache.hits = self._reader.cache.hits, 0
+        hits = self._reader.cache.start_anew()
         return self._reliability.report(cache_hits=hits)
 
     def _read(self, questions: Sequence[str]) -> list[tuple[Verdict, ...]]:
