@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 FILE_NAME = "manifest.json"
 _READ_BYTES = 8 << 20
+_LONGEST_NAME = 255
 _ADVICE = "put it back from a copy, or go on from another checkpoint"
 
 
@@ -90,6 +91,11 @@ def check_content(folder: str | Path, records: Mapping[str, FileRecord], names: 
             )
 
 
+def _is_name(name: str) -> bool:
+    """Whether it can be the name of a file within a folder."""
+    return Path(name).name == name and name.isprintable() and len(name.encode("utf-8", "replace")) <= _LONGEST_NAME
+
+
 def _read(folder: Path) -> bytes:
     path = folder / FILE_NAME
     if not path.is_file():
@@ -102,7 +108,7 @@ def _parse(folder: Path, text: bytes) -> dict[str, FileRecord]:
         records = {str(name): FileRecord(**record) for name, record in json.loads(text)["files"].items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ModelError(f"{folder / FILE_NAME} is damaged ({error!r}): {_ADVICE}") from error
-    odd = [n for n, r in records.items() if Path(n).name != n or type(r.size) is not int or type(r.digest) is not str]
+    odd = [n for n, r in records.items() if not _is_name(n) or type(r.size) is not int or type(r.digest) is not str]
     if odd:
-        raise ModelError(f"{folder / FILE_NAME} is damaged (what it says of {odd[0]!r}): {_ADVICE}")
+        raise ModelError(f"{folder / FILE_NAME} is damaged (what it says of {odd[0][:80]!r}): {_ADVICE}")
     return records

@@ -81,8 +81,8 @@ class Controller:
         if all(metrics.get(ROLLED_BACK) for metrics in latest):
             raise TrainingError(
                 f"{_MAX_BARREN} iterations in a row were rolled back (events.jsonl says why each time). Look at the"
-                " pairs in skipped/, and start a new run with a lower learner.lr, a higher loss.beta, or promotion.* that"
-                f" allow more: agon run --config {self._context.run_dir / 'config.yaml'} run_dir=... key=value"
+                " pairs in skipped/, and start a new run with a lower learner.lr, a higher loss.beta, or promotion.*"
+                f" that allow more: agon run --config {self._context.run_dir / 'config.yaml'} run_dir=... key=value"
             )
 
     def _why_no_pairs(self, metrics: Mapping[str, float]) -> str:

@@ -140,7 +140,8 @@ def by_samples(folder, config, rollouts, judge, prompts):
 
 @pytest.fixture(autouse=True)
 def _answers_are_here(monkeypatch):
-    monkeypatch.setattr("orchestrator.rollouts.ray.get", lambda value, timeout=None: value)
+    monkeypatch.setattr("orchestrator.rollouts.ray.get", lambda value: value)
+    monkeypatch.setattr("orchestrator.rollouts.ray.wait", lambda values, **_: (values, []))
 
 
 # Independent samples
