@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+_CHUNK = 1 << 22
 ROLLED_BACK = "rolled back"
 """The outcome of batches whose weights were given up."""
 
@@ -97,17 +98,30 @@ class _Auditor:
         return self._found
 
     def _check_files(self) -> None:
-        for path, iteration, size, digest in self._db.execute("SELECT path, iteration, bytes, digest FROM files"):
-            try:
-                content = (self._run / path).read_bytes()
-            except OSError as error:
-                self._found.damaged.append(f"{path}: {error.strerror}")
-            else:
-                if len(content) == size and xxhash.xxh3_64_hexdigest(content) == digest:
-                    continue
-                self._found.damaged.append(f"{path} is not what was written")
-            if path.startswith(("pairs/", "rollouts/")):
-                self._checked.discard(iteration)
+        for path, size, digest in self._db.execute("SELECT path, bytes, digest FROM files"):
+            self._check_file(path, size, digest)
+        for folder, digest in self._db.execute("SELECT path, digest FROM checkpoints"):
+            manifest = f"{folder}/manifest.json"
+            if self._check_file(manifest, None, digest):
+                files = json.loads((self._run / manifest).read_bytes())["files"]
+                for name, record in files.items():
+                    self._check_file(f"{folder}/{name}", record["size"], record["digest"])
+
+    def _check_file(self, path: str, size: int | None, digest: str) -> bool:
+        """Whether a file is what was written."""
+        found, read = xxhash.xxh3_64(), 0
+        try:
+            with (self._run / path).open("rb") as file:
+                while part := file.read(_CHUNK):
+                    found.update(part)
+                    read += len(part)
+        except OSError as error:
+            self._found.damaged.append(f"{path}: {error.strerror}")
+            return False
+        if size not in (None, read) or found.hexdigest() != digest:
+            self._found.damaged.append(f"{path} is not what was written")
+            return False
+        return True
 
     def _rows(self, kind: str, columns: list[str]) -> Iterator[dict[str, Any]]:
         """Rows of the files of one kind that count, of the iterations that are checked."""

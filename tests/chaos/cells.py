@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launch.audit import audit
 from orchestrator.events import EventKind, read_events
@@ -34,6 +36,12 @@ SETTINGS = {
     "tracking": "disabled",
 }
 VICTIM = "from tests.chaos.victim import main; main()"
+
+
+EVENT_ROLES = {"generator": "generator", "judge": "verifier", "queue": "learner", "learner": "learner"}
+"""The role that events name; those of the queue are told by whoever fills it."""
+LATE = ("checkpoint", "publication", "evaluating")
+"""Points at whose last visits nobody but the controller may be asked again, and so be missed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,10 +100,10 @@ def play(cell: Cell, folder: Path, *, name: str, visit: int, engine: str, expect
     with nodes(chaos) if cell.role == "node" else nullcontext([]) as cluster:
         code = _run(["run", *settings, *cluster], environment, may_fail=True)
         resumes = 0
-        while code and resumes < MAX_RESUMES:
+        while code == -signal.SIGKILL and resumes < MAX_RESUMES:
             resumes += 1
             code = _run(["run", "--resume", str(run_dir), *cluster], environment, may_fail=True)
-    return _outcome(run_dir, chaos, code, expected)
+    return _outcome(cell, run_dir, chaos, code, expected)
 
 
 @contextmanager
@@ -118,13 +126,17 @@ def nodes(chaos: Path) -> Iterator[list[str]]:
         process.wait(RUN_S)
 
 
-def _outcome(run_dir: Path, chaos: Path, code: int, expected: dict[str, bytes]) -> Outcome:
+def _outcome(cell: Cell, run_dir: Path, chaos: Path, code: int, expected: dict[str, bytes]) -> Outcome:
     findings, recovery_s = [], float("nan")
+    events = read_events(run_dir)
     if code:
         findings.append(f"the run ended with code {code}: {(chaos / 'output.txt').read_text()[-2000:]}")
+    findings += [event["text"] for event in events if event["kind"] == EventKind.STOPPED]
     if (chaos / "fired.json").exists():
         died = json.loads((chaos / "fired.json").read_text())["time"]
-        recovery_s = _recovered(run_dir, died) - died
+        recovery_s = _recovered(cell, events, died) - died
+        if math.isnan(recovery_s) and (cell.point not in LATE or cell.role == "controller"):
+            findings.append("nobody took its place")
     else:
         findings.append("nobody was killed")
     found = audit(run_dir)
@@ -140,9 +152,16 @@ def _outcome(run_dir: Path, chaos: Path, code: int, expected: dict[str, bytes]) 
     )
 
 
-def _recovered(run_dir: Path, died: float) -> float:
-    kinds = (EventKind.REPLACED, EventKind.RESUMED)
-    times = (event["time"] for event in read_events(run_dir) if event["kind"] in kinds and event["time"] > died)
+def _recovered(cell: Cell, events: list[dict[str, Any]], died: float) -> float:
+    """When the role was in place again; of a node, its first actor."""
+    role = EVENT_ROLES.get(cell.role)
+    times = [
+        event["time"]
+        for event in events
+        if event["time"] > died
+        and (event["kind"] == EventKind.RESUMED if cell.role == "controller" else event["kind"] == EventKind.REPLACED)
+        and role in (None, event.get("role"))
+    ]
     return min(times, default=float("nan"))
 
 
