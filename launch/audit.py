@@ -98,8 +98,9 @@ class _Auditor:
         return self._found
 
     def _check_files(self) -> None:
-        for path, size, digest in self._db.execute("SELECT path, bytes, digest FROM files"):
-            self._check_file(path, size, digest)
+        for path, iteration, size, digest in self._db.execute("SELECT path, iteration, bytes, digest FROM files"):
+            if not self._check_file(path, size, digest) and path.startswith(("pairs/", "rollouts/")):
+                self._checked.discard(iteration)
         for folder, digest in self._db.execute("SELECT path, digest FROM checkpoints"):
             manifest = f"{folder}/manifest.json"
             if self._check_file(manifest, None, digest):

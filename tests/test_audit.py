@@ -107,11 +107,17 @@ def sample_by_another_policy(run):
     rewrite(run, PAIRS, lambda rows: [{**rows[0], "rejected_policy_digest": "f" * 16}, *rows[1:]])
 
 
+def cut_a_checkpoint(run):
+    file = next((run / "checkpoints" / "iteration-0003").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1])
+
+
 @pytest.mark.parametrize(
     ("harm", "kind", "said"),
     [
         (cut_a_pair_file, "damaged", f"{PAIRS} is not what was written"),
         (remove_an_evaluation, "damaged", "evaluations/iteration-0001-greedy.parquet: No such file"),
+        (cut_a_checkpoint, "damaged", ".safetensors is not what was written"),
         (drop_a_pair_of_a_file, "lost", "of the ledger is in no file"),
         (drop_a_group_of_a_file, "lost", "completions of"),
         (forget_a_group, "lost", "the note that"),

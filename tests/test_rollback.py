@@ -104,18 +104,16 @@ def test_skipped_batches_are_kept_with_their_pairs_and_told(exploded):
     assert [event["iteration"] for event in events(exploded, "rolled_back")] == [2, 3, 4]
 
 
-def test_three_in_a_row_stop_the_run_with_advice_and_it_can_go_on(exploded):
-    """Here with a learner that is well again."""
+def test_three_in_a_row_stop_the_run_with_advice_whichever_process_does_them(exploded):
     summary = json.loads((exploded / "summary.json").read_text())
     assert summary["status"] == "failed"
     for part in ("3 iterations in a row were rolled back", "lower learner.lr", "skipped/"):
         assert part in summary["error"]
     (stopped,) = events(exploded, "stopped")
     assert stopped["failure"] == "data"
-    assert resume(exploded) == 0
-    done = finished(exploded)
-    assert done[5].metrics[ROLLED_BACK] == 0
-    assert done[5].version not in {each.version for each in done[:5]}
+    known = len(finished(exploded))
+    assert resume(exploded) == 1
+    assert len(finished(exploded)) == known, "another process does not walk past it"
     assert_on_policy(exploded)
 
 
