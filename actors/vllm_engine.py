@@ -85,9 +85,7 @@ class VllmEngine:
         if weight_transport != "object_store":
             args |= {"weight_transfer_config": {"backend": weight_transport}}
         if on_gpu:
-            executor = "uni" if tensor_parallel_size == 1 else "mp"
-            args |= {"tensor_parallel_size": tensor_parallel_size, "distributed_executor_backend": executor}
-            args |= {"gpu_memory_utilization": gpu_memory_utilization}
+            args |= _gpu_arguments(tensor_parallel_size, gpu_memory_utilization)
         else:
             _keep_plain_weights()
             args |= _cpu_arguments(max_length=max_length, kv_cache_mb=kv_cache_mb)
@@ -237,6 +235,14 @@ def _prepare_process(on_gpu: bool) -> None:
         os.environ["TORCH_COMPILE_DISABLE"] = "1"  # compiling costs more than it gains at these sizes
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # engines on one machine would bind to the same cores
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # whole GiB, and it would override `kv_cache_mb`
+
+
+def _gpu_arguments(tensor_parallel_size: int, gpu_memory_utilization: float) -> dict[str, Any]:
+    return {
+        "tensor_parallel_size": tensor_parallel_size,
+        "distributed_executor_backend": "uni" if tensor_parallel_size == 1 else "mp",
+        "gpu_memory_utilization": gpu_memory_utilization,
+    }
 
 
 def _cpu_arguments(*, max_length: int, kv_cache_mb: int) -> dict[str, Any]:

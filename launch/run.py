@@ -48,7 +48,8 @@ if TYPE_CHECKING:
 
 _MAY_CHANGE = (
     # How long, and what is kept.
-    *("run_dir", "pipeline.iterations", "pipeline.keep_checkpoints", "generator.restarts", "scorer.restarts"),
+    *("run_dir", "pipeline.iterations", "pipeline.keep_checkpoints", "learner.checkpoint_steps"),
+    *("generator.restarts", "scorer.restarts", "learner.restarts"),
     # What it takes of the machine: changes no more than the last bits of a log-prob.
     *("generator.num_actors", "generator.kv_cache_mb", "generator.max_num_seqs", "generator.gpu_memory_utilization"),
     *("learner.num_threads", "learner.micro_batch_tokens", "learner.vocab_chunk", "learner.activation_checkpointing"),

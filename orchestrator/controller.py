@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING
 from orchestrator.errors import AgonError, TrainingError
 from orchestrator.evaluation import evaluate
 from orchestrator.events import Event, EventKind
-from orchestrator.iteration import ROLLED_BACK, Iteration, keep_answers
+from orchestrator.iteration import Iteration, keep_answers
+from orchestrator.metrics import ROLLED_BACK
 from orchestrator.publisher import reference_version
 
 if TYPE_CHECKING:

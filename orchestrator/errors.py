@@ -68,7 +68,7 @@ class PublicationError(AgonError, RuntimeError):
 
 
 class ActorLostError(AgonError, RuntimeError):
-    """An actor's process died; pools replace theirs, a learner that is lost ends the run, which can be resumed."""
+    """An actor's process died; whoever started it puts another in its place, for as long as its restarts last."""
 
 
 class PoolError(AgonError, RuntimeError):

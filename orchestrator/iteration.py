@@ -20,6 +20,7 @@ from orchestrator import metrics
 from orchestrator.errors import FailureKind, TrainingError
 from orchestrator.evaluation import anchor_figures, evaluate
 from orchestrator.events import Event, EventKind
+from orchestrator.metrics import ROLLED_BACK
 from orchestrator.promotion import alarms, comparison_figures
 from orchestrator.store import read_rollouts
 from orchestrator.summary import build_summary, write_summary
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
     from orchestrator.context import Context
     from orchestrator.evaluation import Evaluation
     from orchestrator.types import PolicyVersion, PreferencePair
-
-ROLLED_BACK = "promotion/rolled_back"
-"""1 in the metrics of an iteration whose weights were given up."""
 
 
 class Iteration:

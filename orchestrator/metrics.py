@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from orchestrator.types import PreferencePair, ScoredGroup, UpdateResult
 
+ROLLED_BACK = "promotion/rolled_back"
+"""1 in the metrics of an iteration whose weights were given up, else 0."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Accuracy:

@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.files import atomic_file, dump_json
-from orchestrator.metrics import read_accuracy
+from orchestrator.metrics import ROLLED_BACK, read_accuracy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -45,7 +45,7 @@ def build_summary(ledger: LedgerReader, *, seconds: Mapping[str, float] | None =
     evaluated = [
         done
         for done in finished
-        if done.iteration > 0 and _accuracy(done)["greedy"] and not done.metrics.get("promotion/rolled_back")
+        if done.iteration > 0 and _accuracy(done)["greedy"] and not done.metrics.get(ROLLED_BACK)
     ]
     return {
         "recipe": run and run.recipe,

@@ -9,8 +9,8 @@ from conf.compose import compose
 from launch.audit import audit
 from launch.run import run
 from learners.learner import Learner
-from orchestrator.iteration import ROLLED_BACK
 from orchestrator.ledger import LedgerReader
+from orchestrator.metrics import ROLLED_BACK
 from orchestrator.store import read_pairs
 from orchestrator.training import Training
 from tests.runs import REFERENCE, do_run
