@@ -23,6 +23,7 @@ from statistics import linear_regression, mean
 import psutil
 
 from launch.audit import audit
+from orchestrator.events import EventKind, read_events
 from orchestrator.ledger import LedgerReader
 from tests.chaos.cells import SETTINGS, VICTIM, products
 from tests.chaos.saboteur import FOLDER, kill
@@ -62,6 +63,7 @@ def kill_controller(folder: Path, *, kills: int, engine: str, seed: int) -> int:
     start(["run", *overrides(folder, whole, engine=engine, **settings)], chaos).wait(DEADLINE_S)
     took = time.monotonic() - begun
     process = start(["run", *overrides(folder, run_dir, engine=engine, **settings)], chaos)
+    codes = []
     for number in range(kills):
         known, instant = stages(run_dir), lots.uniform(0, took / kills + 5)
         end = time.monotonic() + DEADLINE_S
@@ -70,15 +72,16 @@ def kill_controller(folder: Path, *, kills: int, engine: str, seed: int) -> int:
         with suppress(subprocess.TimeoutExpired):
             process.wait(instant)
         process.kill()
-        code = process.wait()
+        codes.append(process.wait())
         begun = stages(run_dir)
-        print(f"kill {number + 1}: {instant:.1f} s into a stage, {begun} stages begun, code {code}", flush=True)
+        print(f"kill {number + 1}: {instant:.1f} s into a stage, {begun} stages begun, code {codes[-1]}", flush=True)
         process = start(["run", "--resume", str(run_dir)], chaos)
     code = process.wait(DEADLINE_S * kills)
     found, same = audit(run_dir), products(run_dir) == products(whole)
+    killed = codes.count(-signal.SIGKILL)  # others had ended by themselves, which is no kill
     print(found)
-    print(f"kills: {kills}, exit code {code}, pairs and weights {'identical' if same else 'DIFFERENT'}")
-    return int(bool(code or found.findings or not same))
+    print(f"kills: {killed} of {kills}, exit code {code}, pairs and weights {'identical' if same else 'DIFFERENT'}")
+    return int(bool(code or found.findings or not same or killed < kills))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,21 +125,29 @@ def soak(folder: Path, *, minutes: float, engine: str, seed: int) -> int:
     process.send_signal(signal.SIGINT)
     code = process.wait(120)
     time.sleep(10)
-    left = [p.pid for p in psutil.process_iter() if str(run_dir) in " ".join(p.cmdline() or [])]
+    living = psutil.process_iter(["cmdline"])
+    left = [process.pid for process in living if str(run_dir) in " ".join(process.info["cmdline"] or [])]
     found = audit(run_dir)
+    stopped = [event["text"] for event in read_events(run_dir) if event["kind"] == EventKind.STOPPED]
     (folder / "soak.json").write_text(json.dumps([[asdict(sample) for sample in life] for life in lives]))
     print(found)
     for name in ("controller_mib", "queue_mib", "descriptors", "processes", "shared_mib"):
         print(f"{name}: {describe(lives, name)}")
-    print(f"soak: {minutes:g} minutes, {kills} kills, exit code {code}, {len(left)} processes left")
-    return int(bool(found.findings or left or code != 130))
+    for text in stopped:
+        print(text)
+    print(
+        f"soak: {minutes:g} minutes, {kills} kills, {len(stopped)} stops, exit code {code}, {len(left)} processes left"
+    )
+    return int(bool(found.findings or stopped or left or code != 130))
 
 
 def measure(pid: int, chaos: Path, shared: int) -> Sample:
     """Looks at the controller, its queue and what they hold."""
     controller = psutil.Process(pid)
-    queues = [int(path.name.rsplit("_", 1)[1]) for path in (chaos / "pids").glob("queue_*")]
-    alive = [psutil.Process(queue).memory_info().rss for queue in queues if psutil.pid_exists(queue)]
+    alive = []
+    for path in (chaos / "pids").glob("queue_*"):
+        with suppress(psutil.NoSuchProcess):  # and those that have just died
+            alive.append(psutil.Process(int(path.name.rsplit("_", 1)[1])).memory_info().rss)
     return Sample(
         seconds=time.monotonic(),
         controller_mib=controller.memory_info().rss / 2**20,
