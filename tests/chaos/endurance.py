@@ -31,6 +31,7 @@ from tests.runs import overrides
 
 DEADLINE_S = 900.0
 """Without a new stage for so long, a run is stuck."""
+ITERATIONS_A_KILL = 20
 SOAK_ROLES = ("generator", "judge", "queue", "learner", "controller")
 
 
@@ -53,30 +54,43 @@ def stages(run_dir: Path) -> int:
         return len(ledger.phases())
 
 
+def wait_for_work(process: subprocess.Popen[bytes], run_dir: Path, since: float) -> None:
+    """Waits until a stage was begun after `since` (seconds since the epoch), or the process has ended."""
+    end = time.monotonic() + DEADLINE_S
+    while process.poll() is None and time.monotonic() < end:
+        if (run_dir / "ledger.sqlite").exists():
+            with LedgerReader(run_dir) as ledger:
+                if any(phase.started > since for phase in ledger.phases()):
+                    return
+        time.sleep(0.1)
+
+
 def kill_controller(folder: Path, *, kills: int, engine: str, seed: int) -> int:
-    """Kills the controller at random instants, resumes each time, and compares the end with an undisturbed run's."""
+    """Kills the controller at random instants, resumes each time, and compares the end with an undisturbed run's.
+
+    Each process gets on average half its share of the run's work, so that there is work left for the last one.
+    """
     lots = random.Random(seed)
-    settings = {**SETTINGS, "pipeline__iterations": kills}
+    settings = {**SETTINGS, "pipeline__iterations": kills * ITERATIONS_A_KILL}
     run_dir, chaos, whole = folder / "killed", folder / "killed.chaos", folder / "whole"
     chaos.mkdir(parents=True)
-    begun = time.monotonic()
     start(["run", *overrides(folder, whole, engine=engine, **settings)], chaos).wait(DEADLINE_S)
-    took = time.monotonic() - begun
+    with LedgerReader(whole) as ledger:
+        share_s = sum(phase.seconds or 0.0 for phase in ledger.phases()) / kills
+    codes, since = [], time.time()
     process = start(["run", *overrides(folder, run_dir, engine=engine, **settings)], chaos)
-    codes = []
     for number in range(kills):
-        known, instant = stages(run_dir), lots.uniform(0, took / kills + 5)
-        end = time.monotonic() + DEADLINE_S
-        while stages(run_dir) == known and process.poll() is None and time.monotonic() < end:
-            time.sleep(0.1)
+        wait_for_work(process, run_dir, since)
+        instant = lots.uniform(0, share_s)
         with suppress(subprocess.TimeoutExpired):
             process.wait(instant)
         process.kill()
         codes.append(process.wait())
-        begun = stages(run_dir)
-        print(f"kill {number + 1}: {instant:.1f} s into a stage, {begun} stages begun, code {codes[-1]}", flush=True)
+        done = stages(run_dir)
+        print(f"kill {number + 1}: {instant:.1f} s into the work, {done} stages begun, code {codes[-1]}", flush=True)
+        since = time.time()
         process = start(["run", "--resume", str(run_dir)], chaos)
-    code = process.wait(DEADLINE_S * kills)
+    code = process.wait(DEADLINE_S)
     found, same = audit(run_dir), products(run_dir) == products(whole)
     killed = codes.count(-signal.SIGKILL)  # others had ended by themselves, which is no kill
     print(found)
