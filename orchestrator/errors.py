@@ -125,4 +125,5 @@ def kind_of(error: BaseException) -> FailureKind:
         return FailureKind.DATA
     if isinstance(error, _INFRASTRUCTURE):
         return FailureKind.INFRASTRUCTURE
-    return FailureKind.BUG
+    # What is raised on purpose and is nobody else's fault lies in what the run was given: prompts that make no pairs.
+    return FailureKind.DATA if isinstance(error, AgonError) else FailureKind.BUG

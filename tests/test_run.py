@@ -164,6 +164,7 @@ def test_iterations_without_pairs_end_the_run_with_advice(folder, tmp_path, caps
     assert do_run(folder, run_dir, engine="transformers", **settings) == 1
     error = capsys.readouterr().err
     assert "3 iterations in a row made no pair" in error
+    assert "Traceback" not in error
     assert "scorer.verifier=function gave a mean score of 0.5, abstained on 0%" in error
     summary = json.loads((run_dir / "summary.json").read_text())
     assert (summary["status"], summary["iterations"], summary["pairs"]) == ("failed", 3, 0)

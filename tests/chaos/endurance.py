@@ -117,7 +117,8 @@ def soak(folder: Path, *, minutes: float, engine: str, seed: int) -> int:
     """Kills a random role each minute. Figures of the controller are compared within the life of each controller."""
     lots, run_dir, chaos = random.Random(seed), folder / "soak", folder / "soak.chaos"
     chaos.mkdir(parents=True)
-    settings = {**SETTINGS, "pipeline__iterations": 100_000}
+    # So little is learned that there is something to learn for hours.
+    settings = {**SETTINGS, "pipeline__iterations": 100_000, "learner__lr": 1e-9}
     settings |= {f"{section}__restarts": 100_000 for section in ("generator", "scorer", "learner")}
     process = start(["run", *overrides(folder, run_dir, engine=engine, **settings)], chaos)
     shared = psutil.disk_usage("/dev/shm").used
