@@ -14,7 +14,7 @@ from orchestrator.files import dump_json
 from orchestrator.ledger import FILE_NAME, LedgerReader, RunStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
     from pathlib import Path
 
     from orchestrator.ledger import PhaseRecord
@@ -44,7 +44,7 @@ def read_status(run: Path) -> dict[str, Any]:
     held_by = runlock.holder(run)
     try:
         with LedgerReader(run) as ledger:
-            known = summary.build_summary(ledger, seconds=_outside_iterations(run, ledger.phases()))
+            known = summary.build_summary(ledger, seconds=_seconds_before(run))
             phases = ledger.phases()
     except DataError as error:
         known, phases = _without_ledger(run, error, held_by), []
@@ -74,16 +74,15 @@ def _without_ledger(run: Path, error: DataError, held_by: runlock.Holder | None)
     raise error
 
 
-def _outside_iterations(run: Path, phases: Sequence[PhaseRecord]) -> dict[str, float]:
-    """Seconds that `summary.json` has of stages which the ledger knows nothing of: warm start, start, export."""
+def _seconds_before(run: Path) -> dict[str, float]:
+    """Seconds that `summary.json` has: also of stages which the ledger knows nothing of (warm start, start, export)."""
     path = run / summary.FILE_NAME
     if not path.exists():
         return {}
     try:
-        seconds: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))["seconds"]
+        return dict(json.loads(path.read_text(encoding="utf-8"))["seconds"])
     except (json.JSONDecodeError, KeyError):
         return {}  # the ledger has all that counts
-    return {stage: value for stage, value in seconds.items() if stage not in {phase.phase for phase in phases}}
 
 
 def _state(status: str | None, held_by: runlock.Holder | None) -> tuple[str, str | None]:

@@ -20,6 +20,7 @@ same weights on one machine. `iteration.py` holds the stages.
 from __future__ import annotations
 
 import math
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import AgonError, TrainingError
@@ -74,11 +75,12 @@ class Controller:
 
     def _check_progress(self) -> None:
         """Stops a run that gets nowhere, whichever processes its latest iterations ran in."""
-        latest = [done.metrics for done in self._context.ledger.finished() if done.iteration > 0][-_MAX_BARREN:]
+        found = islice(self._context.ledger.latest_finished(), _MAX_BARREN)
+        latest = [done.metrics for done in found if done.iteration > 0]
         if len(latest) < _MAX_BARREN:
             return
         if all(not metrics.get("pairs/kept") for metrics in latest):
-            raise AgonError(f"{_MAX_BARREN} iterations in a row made no pair. {self._why_no_pairs(latest[-1])}")
+            raise AgonError(f"{_MAX_BARREN} iterations in a row made no pair. {self._why_no_pairs(latest[0])}")
         if all(metrics.get(ROLLED_BACK) for metrics in latest):
             raise TrainingError(
                 f"{_MAX_BARREN} iterations in a row were rolled back (events.jsonl says why each time). Look at the"

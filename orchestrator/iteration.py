@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from conf.schema import Config
+    from orchestrator.accounts import CheckpointRecord
     from orchestrator.context import Context
     from orchestrator.evaluation import Evaluation
     from orchestrator.types import PolicyVersion, PreferencePair
@@ -153,7 +154,7 @@ class Iteration:
         """With the answers of the policy before, which were kept; those of this one are kept for the next."""
         context, store = self._context, self._context.store
         keep_answers(context, self._number, evaluation)
-        for done in reversed(context.ledger.finished()):
+        for done in context.ledger.latest_finished():
             before = [store.evaluation_path(done.iteration, kind) for kind in ("greedy", "sampled")]
             if not done.metrics.get(ROLLED_BACK) and all(context.archive.intact(path) for path in before):
                 return comparison_figures(
@@ -184,7 +185,7 @@ class Iteration:
         context, config = self._context, self._context.config.promotion
         if config.gate == "off" or version == self._policy:
             return version
-        found = alarms(config, self._metrics, [done.metrics for done in context.ledger.finished()])
+        found = alarms(config, self._metrics, (done.metrics for done in context.ledger.latest_finished()))
         for alarm in found:
             text = f"iteration {self._number}: {alarm}"
             context.emit(Event(kind=EventKind.ALARM, iteration=self._number, failure=FailureKind.DATA, text=text))
@@ -196,16 +197,18 @@ class Iteration:
         """Keeps the newest checkpoints, and the one whose policy answered best."""
         context = self._context
         known = context.accounts.checkpoints()
-        scores = {
-            done.checkpoint: done.metrics["eval/greedy_value"]
-            for done in context.ledger.finished()
-            if "eval/greedy_value" in done.metrics and not done.metrics.get(ROLLED_BACK)
-        }
-        best = max(known, key=lambda record: scores.get(record.path, -math.inf), default=None)
+        best = max(known, key=self._score, default=None)
         for record in known[: -context.config.pipeline.keep_checkpoints]:
             if record != best:
                 context.accounts.drop_checkpoint(record.path)
         context.learning.tidy()
+
+    def _score(self, record: CheckpointRecord) -> float:
+        """How well the policy in a checkpoint answered; least where it was not asked or was given up."""
+        done = self._context.ledger.finished_iteration(record.iteration)
+        if done is None or done.checkpoint != record.path or done.metrics.get(ROLLED_BACK):
+            return -math.inf
+        return done.metrics.get("eval/greedy_value", -math.inf)
 
 
 def _is_evaluated(config: Config, number: int) -> bool:

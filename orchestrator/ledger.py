@@ -182,23 +182,33 @@ class LedgerReader:
 
     def finished(self) -> list[FinishedIteration]:
         """Every iteration that counts, in order."""
-        rows = self.db.execute("SELECT * FROM iterations ORDER BY iteration")
-        return [
-            FinishedIteration(
-                iteration=row["iteration"],
-                version=PolicyVersion(number=row["version_number"], digest=row["version_digest"]),
-                cursor=row["cursor"],
-                checkpoint=row["checkpoint"],
-                metrics=json.loads(row["metrics"]),
-                finished=row["finished"],
-            )
-            for row in rows
-        ]
+        return list(self.latest_finished())[::-1]
+
+    def latest_finished(self) -> Iterator[FinishedIteration]:
+        """The iterations that count, the last one first; reads no more of them than are asked for."""
+        for row in self.db.execute("SELECT * FROM iterations ORDER BY iteration DESC"):
+            yield _finished(row)
+
+    def finished_iteration(self, iteration: int) -> FinishedIteration | None:
+        """An iteration that counts; None where it does not."""
+        row = self.db.execute("SELECT * FROM iterations WHERE iteration = ?", (iteration,)).fetchone()
+        return row and _finished(row)
 
     def resume_point(self) -> FinishedIteration | None:
         """The last iteration that counts; None when the run has to start from the beginning."""
-        finished = self.finished()
-        return finished[-1] if finished else None
+        return next(self.latest_finished(), None)
+
+    def spent(self) -> dict[str, tuple[float, int]]:
+        """Of each phase, over all iterations: seconds and tokens; in the order in which they first began."""
+        rows = self.db.execute(
+            "SELECT phase, TOTAL(seconds), SUM(tokens) FROM phases GROUP BY phase ORDER BY MIN(rowid)"
+        )
+        return {phase: (seconds, tokens) for phase, seconds, tokens in rows}
+
+    def total(self, metric: str) -> float:
+        """The sum of a metric over the iterations that count."""
+        path = f'$."{metric}"'
+        return float(self.db.execute("SELECT TOTAL(json_extract(metrics, ?)) FROM iterations", (path,)).fetchone()[0])
 
     def close(self) -> None:
         """Closes the connection."""
@@ -314,6 +324,17 @@ class Ledger(LedgerReader):
         """Iterations behind `after`, and their stages but `collect`, count no more: what they stood on is lost."""
         self.db.execute("DELETE FROM iterations WHERE iteration > ?", (after,))
         self.db.execute("DELETE FROM phases WHERE iteration > ? AND phase <> 'collect'", (after,))
+
+
+def _finished(row: sqlite3.Row) -> FinishedIteration:
+    return FinishedIteration(
+        iteration=row["iteration"],
+        version=PolicyVersion(number=row["version_number"], digest=row["version_digest"]),
+        cursor=row["cursor"],
+        checkpoint=row["checkpoint"],
+        metrics=json.loads(row["metrics"]),
+        finished=row["finished"],
+    )
 
 
 def _phase(row: sqlite3.Row) -> PhaseRecord:

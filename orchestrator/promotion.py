@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from orchestrator.metrics import wilson_interval
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from conf.schema import PromotionConfig
     from orchestrator.types import ScoredGroup
@@ -47,7 +47,7 @@ def comparison_figures(
     }
 
 
-def alarms(config: PromotionConfig, metrics: Mapping[str, float], earlier: Sequence[Mapping[str, float]]) -> list[str]:
+def alarms(config: PromotionConfig, metrics: Mapping[str, float], earlier: Iterable[Mapping[str, float]]) -> list[str]:
     """What speaks against the policy of an iteration, a sentence each; empty where nothing does.
 
     Args:

@@ -11,7 +11,6 @@ versions                        of python, agon and what it stands on
 from __future__ import annotations
 
 import platform
-from collections import defaultdict
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -36,17 +35,14 @@ def build_summary(ledger: LedgerReader, *, seconds: Mapping[str, float] | None =
         ledger: of the run; after `Ledger.end`, so that it knows how the run stopped.
         seconds: of stages outside iterations, such as starting actors.
     """
-    run, finished, phases = ledger.run(), ledger.finished(), ledger.phases()
-    spent, tokens = defaultdict[str, float](float, seconds or {}), defaultdict[str, int](int)
-    for phase in phases:
-        spent[phase.phase] += phase.seconds or 0.0
-        tokens[phase.phase] += phase.tokens
-    last = finished[-1] if finished else None
-    evaluated = [
+    run, first, last = ledger.run(), ledger.finished_iteration(0), ledger.resume_point()
+    spent = ledger.spent()
+    took = {**(seconds or {}), **{stage: of_it for stage, (of_it, _) in spent.items()}}
+    evaluated = (
         done
-        for done in finished
+        for done in ledger.latest_finished()
         if done.iteration > 0 and _accuracy(done)["greedy"] and not done.metrics.get(ROLLED_BACK)
-    ]
+    )
     return {
         "recipe": run and run.recipe,
         "seed": run and run.seed,
@@ -55,12 +51,12 @@ def build_summary(ledger: LedgerReader, *, seconds: Mapping[str, float] | None =
         "iterations": last.iteration if last else 0,
         "planned": run and run.iterations,
         "accuracy": {
-            "start": _accuracy(finished[0] if finished else None),
-            "end": _accuracy(evaluated[-1] if evaluated else None),
+            "start": _accuracy(first),
+            "end": _accuracy(next(evaluated, None)),
         },
-        "seconds": {stage: round(value, 3) for stage, value in spent.items()},
-        "tokens": {stage: count for stage, count in tokens.items() if count},
-        "pairs": int(sum(iteration.metrics.get("pairs/kept", 0) for iteration in finished)),
+        "seconds": {stage: round(value, 3) for stage, value in took.items()},
+        "tokens": {stage: tokens for stage, (_, tokens) in spent.items() if tokens},
+        "pairs": int(ledger.total("pairs/kept")),
         "checkpoint": last.checkpoint if last else None,
         "versions": versions(),
     }

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import pytest
 import ray
@@ -9,7 +10,7 @@ import ray
 from conf.compose import compose
 from learners.manifest import FileRecord, manifest_digest, write_manifest
 from orchestrator.accounts import Accounts, CheckpointRecord
-from orchestrator.errors import ModelError, PoolError
+from orchestrator.errors import ActorLostError, ModelError, PoolError
 from orchestrator.events import EventKind
 from orchestrator.learning import Learning
 from orchestrator.ledger import Ledger
@@ -63,6 +64,17 @@ def checkpoint(learning, accounts, name, iteration):
     return folder
 
 
+def wait_dead(queue):
+    """A call that arrives before the kill is answered still."""
+    for _ in range(600):
+        try:
+            queue.size()
+        except ActorLostError:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the queue lives on")
+
+
 def die(learning):
     os.kill(ray.get(learning.actor.ready.remote(), timeout=60), signal.SIGKILL)
 
@@ -86,6 +98,7 @@ def test_a_queue_that_dies_takes_nothing_with_it(parts):
     checkpoint(learning, accounts, "first", 1)
     before = ray.get(learning.actor.ready.remote(), timeout=60)
     learning.queue.end()
+    wait_dead(learning.queue)
     assert learning.surviving(lambda: learning.queue.size()) == 0
     assert ray.get(learning.actor.ready.remote(), timeout=60) == before
     assert learning.call("held", what="what it holds") == "initial", "it was not sent back"

@@ -121,11 +121,10 @@ def test_a_function_that_hangs_when_it_is_imported_is_refused(tmp_path, monkeypa
 
 
 def test_a_function_is_not_imported_where_the_secrets_are(function):
-    scorer = function("import os; raise RuntimeError(dict(os.environ))")
+    scorer = function("import os; raise RuntimeError(sorted({'HOME', 'OPENAI_API_KEY'} & set(os.environ)))")
     assert "confined_rewards" not in sys.modules
     [(_, reason)] = outcomes(scorer, "x")
-    assert "HOME" in reason
-    assert SECRET not in reason
+    assert "['HOME']" in reason
 
 
 # Generated code and its tests
