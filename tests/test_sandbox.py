@@ -307,3 +307,16 @@ def test_a_process_leaves_no_folder_behind(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir())
     child.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_folders_of_owners_that_were_killed_are_removed_by_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    lives = Confined(Limits(time_s=2, memory_mb=512), 10, path=[])
+    [used] = tmp_path.iterdir()
+    (tmp_path / "agon-sandbox-abandoned" / "inside").mkdir(parents=True)
+    for folder in tmp_path.iterdir():
+        os.utime(folder, (0, 0))
+    (tmp_path / "agon-sandbox-just-made").mkdir()
+    Confined(Limits(time_s=2, memory_mb=512), 10, path=[]).close()
+    assert {folder.name for folder in tmp_path.iterdir()} == {used.name, "agon-sandbox-just-made"}
+    lives.close()

@@ -11,6 +11,7 @@ logged once.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -23,12 +24,16 @@ import sys
 import tempfile
 import time
 import weakref
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import DeadlineError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 MAX_REPLY_BYTES = 1 << 16
 FORGED = "wrote into the pipe that is not its own"
@@ -37,6 +42,9 @@ _START = "import sys; sys.path.insert(0, sys.argv[1]); from actors.sandbox.worke
 _KEPT = ("PATH", "LD_LIBRARY_PATH")
 """Variables without which a Python may not start; neither holds secrets."""
 _KILL_DEADLINE_S = 30.0
+_PREFIX = "agon-sandbox-"
+_ABANDONED_S = 60.0
+"""A folder is locked by then, if its owner lives."""
 _TICK_MS = 1000
 
 
@@ -67,7 +75,7 @@ class Confined:
     """
 
     def __init__(self, limits: Limits, start_s: float, **first: Any) -> None:
-        work_dir = tempfile.mkdtemp(prefix="agon-sandbox-")
+        work_dir, hold = _new_folder()
         theirs_in, requests = os.pipe()
         replies, theirs_out = os.pipe()
         theirs_life, life = os.pipe()
@@ -87,7 +95,7 @@ class Confined:
             for descriptor in theirs:
                 os.close(descriptor)
         self._process, self._requests, self._replies = process, requests, replies
-        self._end = weakref.finalize(self, _end, process, (requests, replies, life), work_dir)
+        self._end = weakref.finalize(self, _end, process, (requests, replies, life, hold), work_dir)
         self._read = bytearray()
         os.set_blocking(requests, False)
         os.set_blocking(replies, False)
@@ -192,6 +200,28 @@ def _end(process: subprocess.Popen[bytes], descriptors: tuple[int, ...], work_di
             " holds it, mostly for a file system that does not answer"
         ) from error
     shutil.rmtree(work_dir, ignore_errors=True)  # the code may have made what cannot be removed
+
+
+def _new_folder() -> tuple[str, int]:
+    """A work folder, and the descriptor whose lock says that it is in use; removes folders whose owners were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with suppress(OSError), _opened(folder) as descriptor:  # of another user, in use, or just removed by another
+            if time.time() - os.fstat(descriptor).st_mtime > _ABANDONED_S:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+    work_dir = tempfile.mkdtemp(prefix=_PREFIX)
+    hold = os.open(work_dir, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(hold, fcntl.LOCK_EX)
+    return work_dir, hold
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 @cache
