@@ -33,13 +33,17 @@ class Judges:
         roles: its actors.
         inputs: for the tokenizer.
         publisher: knows which weights the generators hold.
+        quarantined: prompts that were set aside, and why; grows as more are.
     """
 
-    def __init__(self, config: Config, roles: Roles, inputs: Inputs, publisher: Publisher) -> None:
+    def __init__(
+        self, config: Config, roles: Roles, inputs: Inputs, publisher: Publisher, quarantined: dict[str, str]
+    ) -> None:
         self._config = config
         self._roles = roles
         self._tokenizer = inputs.tokenizer
         self._publisher = publisher
+        self._quarantined = quarantined
 
     def judge(self) -> Judge:
         """The one whose word trains."""
@@ -61,7 +65,11 @@ class Judges:
         if kind in POOLED_KINDS:
             reliability = None if kind == "verifier" else Reliability()
             return PooledJudge(
-                kind, self._roles.scorers[kind], deadline_s=config.scorer.deadline_s, reliability=reliability
+                kind,
+                self._roles.scorers[kind],
+                deadline_s=config.scorer.deadline_s,
+                reliability=reliability,
+                quarantined=self._quarantined,
             )
         match kind:
             case "llm_judge":

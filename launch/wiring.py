@@ -50,8 +50,9 @@ def build_context(
     roles = start_roles(config, model_dir=str(model_dir), learner=learning, emit=emit)
     _warn_of_padding(learning, tracker)
     publisher = Publisher(roles, accounts, config.cluster.publish_deadline_s)
-    judges = Judges(config, roles, inputs, publisher)
-    judge, rollouts = judges.judge(), Rollouts(roles, config, tracker, quarantined=accounts.quarantined())
+    quarantined = dict(accounts.quarantined())
+    judges = Judges(config, roles, inputs, publisher, quarantined)
+    judge, rollouts = judges.judge(), Rollouts(roles, config, tracker, quarantined=quarantined)
     collector: Collector
     if config.search.kind == "mcts":
         collector = TreeCollector(config, rollouts, judge, store, inputs.tokenizer, judges.evaluator())
@@ -69,7 +70,7 @@ def build_context(
             archive=archive,
             ledger=ledger,
             accounts=accounts,
-            quarantined=rollouts.quarantined,
+            quarantined=quarantined,
         ),
         judge=judge,
         examiner=judges.examiner(judge),

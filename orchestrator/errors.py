@@ -71,6 +71,10 @@ class ActorLostError(AgonError, RuntimeError):
     """An actor's process died; whoever started it puts another in its place, for as long as its restarts last."""
 
 
+class ActorStartError(ActorLostError):
+    """An actor raised an error as it was made: another one would meet the same cause."""
+
+
 class PoolError(AgonError, RuntimeError):
     """Actors of a pool died more often than the restart budget allows."""
 

@@ -90,7 +90,10 @@ class TextModel(Protocol):
         """Token ids of a chat that the model is to answer: by its chat template, else the turns as plain text."""
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
-        """Completes the requests, in their order, as one wave."""
+        """Completes the requests, in their order, as one wave; a reply that nobody can give comes back aborted."""
 
     def logprobs(self, sequences: Sequence[tuple[Tokens, Tokens]]) -> list[NDArray[np.float32]]:
-        """Of (prompt, completion) sequences: the log-prob of each completion token, in their order, as one wave."""
+        """Of (prompt, completion) sequences: the log-prob of each completion token, in their order, as one wave.
+
+        NaN where nobody can compute them.
+        """

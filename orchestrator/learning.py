@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import ray
 
 from learners.manifest import manifest_digest
-from orchestrator.errors import ActorLostError, DeadlineError, FailureKind, LostObjectError, ModelError, PoolError
+from orchestrator.errors import (
+    ActorLostError,
+    ActorStartError,
+    DeadlineError,
+    FailureKind,
+    LostObjectError,
+    ModelError,
+    PoolError,
+)
 from orchestrator.events import Event, EventKind
 from orchestrator.queues import BatchQueue
 from orchestrator.remote import fetch
@@ -72,7 +80,21 @@ class Learning:
         self.queue = self._new_queue()
 
     def wait_ready(self) -> None:
-        """Waits until the learner is up. Raises DeadlineError or ActorLostError: it is not."""
+        """Waits until the learner and its queue are up; where a process is killed on the way, others take their place.
+
+        Raises:
+            DeadlineError: one of them is not up, within `learner.start_deadline_s`.
+            ActorStartError: the learner raised an error, so that another would meet the same cause.
+            PoolError: the restart budget is used up.
+        """
+        try:
+            self._await_start()
+        except ActorStartError:
+            raise
+        except ActorLostError as error:
+            self._replace(error)
+
+    def _await_start(self) -> None:
         where = fetch(
             self.actor.where.remote(),
             what="learner: start",
@@ -91,7 +113,7 @@ class Learning:
         forget(self.actor)
         ray.kill(self.actor)
         self.actor = self._begin()
-        self.wait_ready()
+        self._await_start()
 
     def call(self, method: str, *arguments: Any, what: str) -> Any:
         """Calls the learner as the last checkpoint that counts has it; one that dies meanwhile is replaced and asked.
@@ -193,13 +215,13 @@ class Learning:
                 ) from error
             self._restarts_left -= 1
             self._tell(EventKind.LOST, f"{error} ({self._restarts_left} restarts of the learner left)")
-            self._renew_queue()
-            if self._lives():
-                came_from = "where it was, with a new queue"
-                break
             try:
-                self._begin_anew()
-                came_from = self._go_back()
+                self._renew_queue()
+                if self._lives():
+                    came_from = "where it was, with a new queue"
+                else:
+                    self._begin_anew()
+                    came_from = self._go_back()
                 break
             except ActorLostError as again:
                 error = again

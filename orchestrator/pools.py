@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import ray
 
 from orchestrator.dispatch import Dispatch
-from orchestrator.errors import ActorLostError, DeadlineError, PoolError
+from orchestrator.errors import ActorLostError, ActorStartError, DeadlineError, PoolError
 from orchestrator.events import EventKind, ignore
 from orchestrator.remote import fetch
 from orchestrator.slots import Slot, told
@@ -85,17 +85,20 @@ class ActorPool(Generic[Work, Result]):
         return [slot.actor for slot in self.living]
 
     def wait_ready(self) -> None:
-        """Waits until every actor is up.
+        """Waits until every actor is up; one whose process is killed on the way is replaced.
 
         Raises:
             DeadlineError: one is not, within the start deadline.
-            PoolError: one died on the way; trying again would meet the same cause.
+            PoolError: one raised an error, so that another would meet the same cause; or the restart budget is used up.
         """
         for slot in self.slots:
             try:
                 self._await_start(slot, self._start_deadline_s)
-            except ActorLostError as error:
+            except ActorStartError as error:
                 raise PoolError(f"could not start: {error}") from error
+            except ActorLostError as error:
+                self.report_lost(slot, error, "start")
+                self.revive(slot, error, self._start_deadline_s)
 
     def broadcast(self, call: Callable[[Any], Any], *, what: str, deadline_s: float, knob: str) -> list[Any]:
         """Calls every actor and returns their answers; an actor found dead is replaced first and asked again.

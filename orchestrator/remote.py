@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
-from orchestrator.errors import ActorLostError, AgonError, DeadlineError, LostObjectError
+from orchestrator.errors import ActorLostError, ActorStartError, AgonError, DeadlineError, LostObjectError
 from orchestrator.waits import owners, waiting
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def fetch(ref: Any, *, what: str, deadline_s: float, knob: str) -> Any:
     Raises:
         DeadlineError: naming all three, and the processes that owe the answer where they are known.
         ActorLostError: the actor's process died.
+        ActorStartError: it died of an error that it raised as it was made.
         LostObjectError: the value, or something it was to be made from, died with the process that owned it.
         AgonError: the remote side raised one; it is passed on as itself.
     """
@@ -94,7 +95,8 @@ def _get(ref: Any, *, what: str, deadline_s: float, left_s: float, knob: str) ->
     except RayTaskError as error:  # first: Ray gives it the class of its cause as a second parent
         raise unwrap(error, what) from None
     except RayActorError as error:
-        raise ActorLostError(f"{what}: its process died: {last_words(error)}") from error
+        kind = ActorStartError if error.actor_init_failed else ActorLostError
+        raise kind(f"{what}: its process died: {last_words(error)}") from error
     except ObjectLostError as error:
         raise lost(error, what) from error
     except GetTimeoutError:

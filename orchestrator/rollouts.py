@@ -100,17 +100,14 @@ class Rollouts:
         roles: the actors.
         config: deadlines and the run's seed.
         tracker: shown how far a wave is.
-        quarantined: prompts that an earlier process of the run set aside, and why.
+        quarantined: prompts that were set aside, and why; those that kill their generators are added.
     """
 
-    def __init__(
-        self, roles: Roles, config: Config, tracker: Tracker, *, quarantined: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, roles: Roles, config: Config, tracker: Tracker, *, quarantined: dict[str, str]) -> None:
         self._roles = roles
         self._config = config
         self._tracker = tracker
-        self.quarantined = dict(quarantined or {})
-        """Ids of the prompts that were set aside, and why."""
+        self._quarantined = quarantined
 
     def sample(self, prompts: Sequence[Prompt], draws: Sequence[Draw]) -> list[list[RolloutGroup]]:
         """Completes all prompts for each draw, all in one wave; one list of groups a draw."""
@@ -134,11 +131,11 @@ class Rollouts:
             what: names the wave in messages.
             prompt_ids: of each request, the prompt that it belongs to.
         """
-        asked = [index for index, prompt_id in enumerate(prompt_ids) if prompt_id not in self.quarantined]
+        asked = [index for index, prompt_id in enumerate(prompt_ids) if prompt_id not in self._quarantined]
         found: dict[int, Completion] = {}
         for index, answer in zip(asked, self._ask(requests, asked, what, prompt_ids), strict=True):
             if isinstance(answer, Poisoned):
-                self.quarantined[answer.key] = f"it killed {answer.deaths} generators: {answer.last_words}"
+                self._quarantined[answer.key] = f"it killed {answer.deaths} generators: {answer.last_words}"
             else:
                 found[index] = answer
         if len(found) == len(requests):

@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from actors.judges.reliability import Reliability
 from orchestrator.dispatch import Poisoned
 from orchestrator.prompts import Renderer
 from orchestrator.tally import Tally
 from orchestrator.tasks.base import Problem
-from orchestrator.types import Score, ScoredGroup
+from orchestrator.types import Completion, FinishReason, PolicyVersion, Score, ScoredGroup
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from conf.schema import TaskConfig
@@ -23,9 +24,18 @@ if TYPE_CHECKING:
     from orchestrator.pools import ActorPool
     from orchestrator.prompts import PromptTokenizer
     from orchestrator.tasks.base import Message
-    from orchestrator.types import Completion, GenerationRequest, PolicyVersion, RolloutGroup
+    from orchestrator.types import GenerationRequest, RolloutGroup
 
     Tokens = tuple[int, ...]
+
+_UNANSWERED = Completion(
+    token_ids=(),
+    text="",
+    logprobs=(),
+    finish_reason=FinishReason.ABORTED,
+    policy=PolicyVersion(number=0, digest="nobody"),
+)
+"""The reply to a question that kills whoever answers it."""
 
 
 class PooledJudge:
@@ -36,6 +46,7 @@ class PooledJudge:
         pool: of `actors.scorer.ScorerActor`.
         deadline_s: seconds for one wave.
         reliability: collects what it says; None for a rule, of whose word there is nothing to doubt.
+        quarantined: prompts that were set aside, and why; those whose completions kill their scorers are added.
     """
 
     def __init__(
@@ -45,11 +56,13 @@ class PooledJudge:
         *,
         deadline_s: float,
         reliability: Reliability | None,
+        quarantined: dict[str, str],
     ) -> None:
         self.name = name
         self._pool = pool
         self._deadline_s = deadline_s
         self._reliability = reliability
+        self._quarantined = quarantined
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
         """See `Judge.score`. Groups of a prompt whose completions kill their scorers are abstained on."""
@@ -62,7 +75,7 @@ class PooledJudge:
             keys=[group.prompt.id for group in groups],
         )
         scored = [
-            _silent(group, answer, self.name) if isinstance(answer, Poisoned) else answer
+            self._set_aside(group, answer) if isinstance(answer, Poisoned) else answer
             for group, answer in zip(groups, answers, strict=True)
         ]
         if self._reliability is not None:
@@ -73,10 +86,11 @@ class PooledJudge:
         """See `Judge.metrics`."""
         return Tally() if self._reliability is None else self._reliability.report()
 
-
-def _silent(group: RolloutGroup, poisoned: Poisoned, scorer: str) -> ScoredGroup:
-    reason = f"it killed {poisoned.deaths} scorers: {poisoned.last_words}"
-    return ScoredGroup(group=group, scores=(Score(value=None, reason=reason),) * len(group.completions), scorer=scorer)
+    def _set_aside(self, group: RolloutGroup, poisoned: Poisoned) -> ScoredGroup:
+        reason = f"it killed {poisoned.deaths} scorers: {poisoned.last_words}"
+        self._quarantined[group.prompt.id] = reason
+        silent = Score(value=None, reason=reason)
+        return ScoredGroup(group=group, scores=(silent,) * len(group.completions), scorer=self.name)
 
 
 class PreviousPolicy:
@@ -144,19 +158,28 @@ class PooledTextModel:
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
         """See `TextModel.generate`."""
-        return self._map("generate", requests, f"completing {len(requests)} judgements")
+        questions = [request.prompt_token_ids for request in requests]
+        replies = self._map("generate", requests, f"completing {len(requests)} judgements", questions)
+        return [_UNANSWERED if isinstance(reply, Poisoned) else reply for reply in replies]
 
     def logprobs(self, sequences: Sequence[tuple[Tokens, Tokens]]) -> list[NDArray[np.float32]]:
         """See `TextModel.logprobs`."""
-        whole = [prompt + completion for prompt, completion in sequences]
-        scored = self._map("score", whole, f"scoring {len(whole)} sequences")
-        return [values[len(prompt) - 1 :] for values, (prompt, _) in zip(scored, sequences, strict=True)]
+        whole, questions = (
+            [prompt + completion for prompt, completion in sequences],
+            [prompt for prompt, _ in sequences],
+        )
+        scored = self._map("score", whole, f"scoring {len(whole)} sequences", questions)
+        return [
+            np.full(len(completion), np.nan, np.float32) if isinstance(values, Poisoned) else values[len(prompt) - 1 :]
+            for values, (prompt, completion) in zip(scored, sequences, strict=True)
+        ]
 
-    def _map(self, method: str, work: Sequence[Any], what: str) -> list[Any]:
+    def _map(self, method: str, work: Sequence[Any], what: str, questions: Sequence[Tokens]) -> list[Any]:
         return self._pool.map(
             lambda actor, share: getattr(actor, method).remote(share),
             work,
             what=f"judge: {what}",
             deadline_s=self._deadline_s,
             knob="judge.deadline_s",
+            keys=[f"question/{hash(question) % 2**64:016x}" for question in questions],
         )

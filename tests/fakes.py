@@ -74,9 +74,14 @@ POISON = 666
 
 
 class DyingEngine(CountingEngine):
-    """Kills its process at the first step that has `POISON` in a prompt."""
+    """Kills its process at the first step that has `POISON` in a prompt, and where it is to score it."""
 
     def step(self):
         if any(POISON in request.prompt_token_ids for request, _ in self.running.values()):
             os._exit(1)
         return super().step()
+
+    def score(self, sequences):
+        if any(POISON in sequence for sequence in sequences):
+            os._exit(1)
+        return super().score(sequences)

@@ -125,7 +125,7 @@ class Checking:
 def rollouts_of(config, **methods):
     pool = Pool(generated=lambda: (0, 0), **methods)
     roles = Roles(generators=pool, scorers={}, judges=None, learner=None)
-    return Rollouts(roles, config, Quiet()), roles
+    return Rollouts(roles, config, Quiet(), quarantined={}), roles
 
 
 def wave_of(prompts):
@@ -211,9 +211,7 @@ def test_self_rewarding_trains_without_any_verifier(tmp_path):
         )
         verifier = Pool(score=unreachable)
         roles = replace(roles, scorers={"verifier": verifier})
-        judges = Judges(
-            config, roles, SimpleNamespace(tokenizer=TOKENIZER), SimpleNamespace(version=V1)
-        )  # fmt: skip
+        judges = Judges(config, roles, SimpleNamespace(tokenizer=TOKENIZER), SimpleNamespace(version=V1), {})
         judge = judges.judge()
         prompts = [replace(prompt, answer=answer if answer != "" else None) for prompt in problems(20, answer or None)]
         collected = by_samples(tmp_path / name, config, rollouts, judge, prompts)
@@ -230,7 +228,7 @@ def test_scorers_whose_word_trains_are_doubted_and_the_verifier_is_not():
         config = compose([f"scorer.kind={kind}"])
         rollouts, roles = rollouts_of(config, generate=adding())
         roles = replace(roles, scorers={kind: Pool(score=Checking().score)})
-        judge = Judges(config, roles, SimpleNamespace(tokenizer=TOKENIZER), SimpleNamespace(version=V1)).judge()
+        judge = Judges(config, roles, SimpleNamespace(tokenizer=TOKENIZER), SimpleNamespace(version=V1), {}).judge()
         draw = Draw(purpose="rollout", iteration=1, num_samples=2, sampling=sampling_of(config.generator))
         judge.score(rollouts.sample(problems(4), [draw])[0])
         assert ("judge/abstained_fraction" in judge.metrics()) == reported

@@ -1,5 +1,6 @@
 """Judges that need no words, and how far any judge can be trusted. Expected numbers are worked out by hand."""
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -138,6 +139,12 @@ def test_the_implicit_reward_is_the_log_ratio():
     assert values(mean) == [pytest.approx(0.075), pytest.approx(0.075), None]
     assert summed.scorer != mean.scorer
     assert "v1/v0" in summed.scorer
+
+
+def test_what_nobody_can_read_is_abstained_on():
+    policy, initial = Weights(math.nan, "v1"), Weights(-1.25, "v0")
+    (scored,) = build_implicit(JudgeConfig(), policy, initial, Before(), beta=0.1).score([group_of("ab")])
+    assert scored.scores == (Score(value=None, reason="it kills whoever computes its log-probs"),)
 
 
 def test_a_policy_that_has_not_changed_rewards_nothing():
@@ -294,7 +301,7 @@ def test_scorers_behind_actors_report_what_other_judges_do():
             return [scored for _ in work]
 
     def metrics(reliability):
-        judge = PooledJudge("reward_model", Pool(), deadline_s=1, reliability=reliability)
+        judge = PooledJudge("reward_model", Pool(), deadline_s=1, reliability=reliability, quarantined={})
         assert judge.score([scored.group]) == [scored]
         return judge.metrics(), judge.metrics()
 
@@ -311,9 +318,11 @@ def test_groups_that_kill_their_scorers_are_abstained_on():
         def map(self, call, work, *, keys, **_):
             return [Poisoned(key=keys[0], deaths=3, last_words="out of memory"), fine]
 
-    reliability = Reliability()
-    silent, other = PooledJudge("reward_model", Pool(), deadline_s=1, reliability=reliability).score(groups)
+    reliability, quarantined = Reliability(), {}
+    judge = PooledJudge("reward_model", Pool(), deadline_s=1, reliability=reliability, quarantined=quarantined)
+    silent, other = judge.score(groups)
     assert other == fine
+    assert quarantined == {groups[0].prompt.id: "it killed 3 scorers: out of memory"}
     assert silent.group == groups[0]
     assert silent.scores == (Score(value=None, reason="it killed 3 scorers: out of memory"),) * 2
     assert reliability.report()["judge/abstained_fraction"] == 0.5

@@ -10,7 +10,7 @@ import ray
 from conf.compose import compose
 from learners.manifest import FileRecord, manifest_digest, write_manifest
 from orchestrator.accounts import Accounts, CheckpointRecord
-from orchestrator.errors import ActorLostError, ModelError, PoolError
+from orchestrator.errors import ActorLostError, ActorStartError, ModelError, PoolError
 from orchestrator.events import EventKind
 from orchestrator.learning import Learning
 from orchestrator.ledger import Ledger
@@ -37,21 +37,67 @@ class FakeLearner(Observable):
         return self.holds
 
 
+class Killed(FakeLearner):
+    """Its first process is gone before it is up."""
+
+    def __init__(self, graves):
+        super().__init__()
+        if not (graves / "start").exists():
+            (graves / "start").touch()
+            os._exit(1)
+
+
+class StillBorn(FakeLearner):
+    def __init__(self):
+        raise ValueError("no weights here")
+
+
+def start_learning(ledger, folder, events, learner=FakeLearner, *arguments):
+    """One with a budget of two restarts."""
+    return Learning(
+        config=compose(["learner.restarts=2"]),
+        run_dir=folder,
+        start=lambda: ray.remote(learner).options(num_cpus=0, max_concurrency=2).remote(*arguments),
+        ledger=ledger,
+        accounts=Accounts(ledger),
+        emit=events.append,
+    )
+
+
 @pytest.fixture
 def parts(ray_cluster, tmp_path):
-    """A learning with a budget of two restarts, its accounts and its events."""
+    """A learning, its accounts and its events."""
     events = []
     with Ledger(tmp_path) as ledger:
-        learning = Learning(
-            config=compose(["learner.restarts=2"]),
-            run_dir=tmp_path,
-            start=lambda: ray.remote(FakeLearner).options(num_cpus=0, max_concurrency=2).remote(),
-            ledger=ledger,
-            accounts=Accounts(ledger),
-            emit=events.append,
-        )
+        learning = start_learning(ledger, tmp_path, events)
         learning.wait_ready()
         yield learning, Accounts(ledger), events
+
+
+def test_one_that_is_killed_as_it_starts_is_replaced(ray_cluster, tmp_path):
+    events = []
+    with Ledger(tmp_path) as ledger:
+        learning = start_learning(ledger, tmp_path, events, Killed, tmp_path)
+        learning.wait_ready()
+        assert learning.call("held", what="what it holds") == "initial"
+    assert [event.kind for event in events] == [EventKind.LOST, EventKind.REPLACED]
+
+
+def test_a_queue_that_is_killed_as_it_starts_is_replaced(ray_cluster, tmp_path):
+    events = []
+    with Ledger(tmp_path) as ledger:
+        learning = start_learning(ledger, tmp_path, events)
+        learning.queue.end()
+        wait_dead(learning.queue)
+        learning.wait_ready()
+        assert learning.queue.size() == 0
+
+
+def test_one_that_cannot_start_is_not_tried_again(ray_cluster, tmp_path):
+    events = []
+    with Ledger(tmp_path) as ledger, pytest.raises(ActorStartError, match="no weights here"):
+        start_learning(ledger, tmp_path, events, StillBorn).wait_ready()
+    assert events == []
 
 
 def checkpoint(learning, accounts, name, iteration):

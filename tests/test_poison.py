@@ -1,20 +1,24 @@
 """A prompt that kills its generators is set aside, and changes nothing for the others."""
 
+import numpy as np
 import pytest
 import ray
 
 from actors.engine_loop import EngineLoop
 from actors.generator import Generator
 from conf.compose import compose
+from conf.schema import TaskConfig
 from orchestrator.dispatch import Poisoned
 from orchestrator.evaluation import accuracy, evaluate
 from orchestrator.events import EventKind
 from orchestrator.metrics import rollout_metrics
 from orchestrator.pools import ActorPool
-from orchestrator.rollouts import Draw, Roles, Rollouts, sampling_of
+from orchestrator.rollouts import Draw, Roles, Rollouts, make_requests, sampling_of
+from orchestrator.scoring import PooledTextModel
 from orchestrator.store import Store, read_rollouts
 from orchestrator.types import Completion, FinishReason, Prompt, Score, ScoredGroup
 from tests.fakes import POISON, DyingEngine
+from tests.models import make_tokenizer
 from tests.records import V1
 
 
@@ -51,11 +55,12 @@ def rollouts(ray_cluster):
     pool = ActorPool(role="generator", make=make, num_actors=2, restarts=3, start_deadline_s=60, emit=events.append)
     pool.wait_ready()
     roles = Roles(generators=pool, scorers={}, judges=None, learner=None)
-    return Rollouts(roles, CONFIG, Quiet()), pool, events
+    quarantined = {}
+    return Rollouts(roles, CONFIG, Quiet(), quarantined=quarantined), pool, events, quarantined
 
 
 def test_a_prompt_that_kills_its_engine_is_set_aside_and_not_asked_again(rollouts):
-    rollouts, pool, events = rollouts
+    rollouts, pool, events, quarantined = rollouts
     (clean,) = rollouts.sample(prompts(poisoned=None), [DRAW])
     (groups,) = rollouts.sample(prompts(poisoned=5), [DRAW])
     assert groups[5].completions == (
@@ -66,12 +71,28 @@ def test_a_prompt_that_kills_its_engine_is_set_aside_and_not_asked_again(rollout
     (told,) = [event for event in events if event.kind is EventKind.QUARANTINED]
     assert told.text.startswith("p5 is set aside: generator-")
     assert pool.restarts_left == 3
-    assert list(rollouts.quarantined) == ["p5"]
-    assert rollouts.quarantined["p5"].startswith("it killed 3 generators: ")
+    assert list(quarantined) == ["p5"]
+    assert quarantined["p5"].startswith("it killed 3 generators: ")
     deaths = len(events)
     (again,) = rollouts.sample(prompts(poisoned=5), [DRAW])
     assert again == groups
     assert len(events) == deaths
+
+
+def test_a_question_that_kills_its_judge_has_no_answer_and_the_others_have_theirs(rollouts, tmp_path):
+    _, pool, _, _ = rollouts
+    judge = PooledTextModel(
+        pool, make_tokenizer(tmp_path), version=lambda: "v1", template=TaskConfig(), max_length=64, deadline_s=120
+    )
+    asked = make_requests(prompts(poisoned=5), DRAW, seed=0)
+    replies = judge.generate(asked)
+    assert [reply.finish_reason for reply in replies].count(FinishReason.ABORTED) == 1
+    assert (replies[5].finish_reason, replies[5].text) == (FinishReason.ABORTED, "")
+    read = judge.logprobs([(prompt.token_ids, (7, 2)) for prompt in prompts(poisoned=5)])
+    assert [values.tolist() for values in read[:5] + read[6:]] == [[-1.0, -1.0]] * 7
+    assert read[5].shape == (2,)
+    assert np.isnan(read[5]).all()
+    assert pool.restarts_left == 3
 
 
 class Pool:
@@ -103,7 +124,7 @@ class Strict:
 
 def test_what_was_set_aside_counts_as_not_solved_and_is_kept_with_the_reason(tmp_path):
     roles = Roles(generators=Pool(), scorers={}, judges=None, learner=None)
-    rollouts = Rollouts(roles, CONFIG, Quiet())
+    rollouts = Rollouts(roles, CONFIG, Quiet(), quarantined={})
     found = evaluate(rollouts, Strict(), prompts(poisoned=5), CONFIG, 1)
     assert (found.greedy.value, found.sampled.value, found.greedy.n) == (7 / 8, 7 / 8, 8)
     assert (found.abstained, found.tokens) == (2, 2 * 7 * 2)

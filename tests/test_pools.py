@@ -142,6 +142,25 @@ def test_an_actor_that_cannot_start_is_not_tried_again(ray_cluster):
     assert made == [0]
 
 
+class Killed(Worker):
+    """Its first process is gone before it is up."""
+
+    def __init__(self, index, graves):
+        super().__init__(index, graves)
+        if not (graves / "start").exists():
+            (graves / "start").touch()
+            os._exit(1)
+
+
+def test_an_actor_that_is_killed_as_it_starts_is_replaced(ray_cluster, tmp_path):
+    pool, events = make_pool(
+        tmp_path, 1, make=lambda index: ray.remote(Killed).options(num_cpus=0.1).remote(index, tmp_path)
+    )
+    assert [event.kind for event in events] == [EventKind.LOST, EventKind.REPLACED]
+    assert pool.restarts_left == 2
+    assert work(pool, [3]) == squares([3])
+
+
 def test_who_died_who_took_the_place_and_what_is_left_is_told(ray_cluster, tmp_path):
     pool, events = make_pool(tmp_path, 2)
     before = pool.slots[1].where

@@ -8,6 +8,7 @@ of different prompts cannot be compared. The sum grows with length in either dir
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -81,7 +82,11 @@ class Implicit:
         initial = self._initial.logprobs(sequences) if sequences else []
         rewards = self._rewards(self._policy.logprobs(sequences) if sequences else [], initial)
         silent = Score(value=None, reason="the completion was aborted or has no token")
-        by_place = {place: Score(value=self._beta * reward) for place, reward in zip(places, rewards, strict=True)}
+        unread = Score(value=None, reason="it kills whoever computes its log-probs")
+        by_place = {
+            place: unread if math.isnan(reward) else Score(value=self._beta * reward)
+            for place, reward in zip(places, rewards, strict=True)
+        }
         scored = [
             ScoredGroup(
                 group=group,
