@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import signal
@@ -18,7 +19,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import linear_regression, mean
+from statistics import linear_regression, mean, pvariance
 
 import psutil
 
@@ -32,7 +33,9 @@ from tests.runs import overrides
 DEADLINE_S = 900.0
 """Without a new stage for so long, a run is stuck."""
 ITERATIONS_A_KILL = 20
-SOAK_ROLES = ("generator", "judge", "queue", "learner", "controller")
+SOAK_ROLES = ("generator", "judge", "queue", "learner")
+CONTROLLER_LIFE = 40
+"""Kills of others, one a minute, for each of the controller."""
 
 
 def start(arguments: list[str], chaos: Path) -> subprocess.Popen[bytes]:
@@ -131,8 +134,8 @@ def soak(folder: Path, *, minutes: float, engine: str, seed: int) -> int:
             lives.append([])
             continue
         lives[-1].append(measure(process.pid, chaos, shared))
-        # A controller dies once in ten minutes, so that there is something to see between its deaths.
-        role = "controller" if kills % 10 == 9 else lots.choice(SOAK_ROLES[:-1])
+        # A controller dies seldom, so that there is something to see between its deaths.
+        role = "controller" if kills % CONTROLLER_LIFE == CONTROLLER_LIFE - 1 else lots.choice(SOAK_ROLES)
         with suppress(RuntimeError, ProcessLookupError):
             kill(role, chaos)
             kills += 1
@@ -174,16 +177,25 @@ def measure(pid: int, chaos: Path, shared: int) -> Sample:
 
 
 def describe(lives: list[list[Sample]], name: str) -> str:
-    """Mean, and growth an hour within the lives of controllers."""
-    slopes, values = [], []
+    """Mean, and growth in the latter half of each controller's life, when what is made once has been made."""
+    values, slopes = [], []
     for life in lives:
-        series = [getattr(sample, name) for sample in life[1:]]  # the first is still starting
-        values += series
-        if len(series) > 2:
-            slope, _ = linear_regression([sample.seconds for sample in life[1:]], series)
-            slopes.append(slope * 3600)
-    growth = f"{mean(slopes):+.1f} an hour over {len(slopes)} controllers" if slopes else "no life was long enough"
-    return f"mean {mean(values):.1f}, largest {max(values):.1f}, {growth}" if values else "never seen"
+        latter = life[len(life) // 2 :]
+        values += [getattr(sample, name) for sample in life[1:]]  # the first is still starting
+        if len(latter) > 4:
+            slopes.append(growth([sample.seconds for sample in latter], [getattr(one, name) for one in latter]))
+    if not values:
+        return "never seen"
+    told = ", ".join(f"{slope:+.1f} ± {error:.1f}" for slope, error in slopes) or "no life was long enough"
+    return f"mean {mean(values):.1f}, largest {max(values):.1f}; growth an hour in each life: {told}"
+
+
+def growth(seconds: list[float], values: list[float]) -> tuple[float, float]:
+    """Least squares an hour, and twice its standard error."""
+    slope, intercept = linear_regression(seconds, values)
+    residuals = sum((value - slope * x - intercept) ** 2 for x, value in zip(seconds, values, strict=True))
+    error = math.sqrt(residuals / (len(values) - 2) / (pvariance(seconds) * len(values)))
+    return slope * 3600, 2 * error * 3600
 
 
 def main() -> int:
