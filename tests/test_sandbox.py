@@ -12,7 +12,7 @@ import pytest
 from actors.judges import build_scorer
 from actors.judges.unit_tests import code_of
 from actors.sandbox import process as sandbox
-from actors.sandbox.process import Confined, Limits
+from actors.sandbox.process import Confined, Limits, Stopped
 from conf.schema import ScorerConfig
 from orchestrator.errors import ConfigError
 from orchestrator.types import FinishReason
@@ -250,6 +250,19 @@ def test_only_tests_that_can_be_asked_make_a_score(judge):
     assert judge(RIGHT, finish=FinishReason.LENGTH) == (0.0, "the completion was cut off")
     value, reason = judge(RIGHT, tests="assert f(1 ==")
     assert (value, "the tests cannot be compiled: SyntaxError" in reason) == (None, True)
+
+
+def test_what_a_process_said_before_it_left_is_heard():
+    child = Confined(Limits(time_s=2, memory_mb=512), 10, path=[])
+    deadline = time.monotonic() + 10
+    child.send({"code": "def f(x:"}, deadline)
+    while "Z" not in Path(f"/proc/{child.pid}/stat").read_text():
+        time.sleep(0.01)
+    child.send({"tests": "assert True"}, deadline)
+    assert "SyntaxError" in child.receive(deadline)["failed"]
+    with pytest.raises(Stopped, match="left with exit code 0"):
+        child.receive(deadline)
+    child.close()
 
 
 def test_no_process_is_an_abstention(judge, monkeypatch):
