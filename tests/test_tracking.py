@@ -297,6 +297,7 @@ def test_an_interrupt_while_wandb_starts_leaves_no_word_of_it(tmp_path):
         )
         silent.settimeout(60)
         connection, _ = silent.accept()
+        time.sleep(1)  # its service has connected; it comes to the wait itself
         process.send_signal(signal.SIGINT)
         told = process.communicate(timeout=60)
         connection.close()

@@ -42,7 +42,7 @@ def play_all(cells: list[Cell], repetitions: int, engine: str, folder: Path, job
     def repeat(numbered: tuple[int, Cell]) -> list[Outcome]:
         number, cell = numbered
         return [
-            play(cell, folder, name=f"{number:02d}-{visit}", visit=visit, engine=engine, expected=expected)
+            play(cell, folder=folder, name=f"{number:02d}-{visit}", visit=visit, engine=engine, expected=expected)
             for visit in range(1, repetitions + 1)
         ]
 

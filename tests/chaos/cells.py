@@ -1,4 +1,4 @@
-"""One cell of the chaos matrix: a run in which one role dies at one point, and what became of it."""
+"""Cells of the chaos matrix: a run in which a role dies at a point, or several do, and what became of it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.chaos.saboteur import FOLDER
 from tests.runs import overrides
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 RUN_S = 600.0
@@ -65,7 +65,10 @@ class Outcome:
     repeated: int
     stale: int
     recovery_s: float
-    """From the death until another was in place, seconds; of a controller, until the resumed run was in a stage."""
+    """From the death until another was in place, seconds; of a controller, until the resumed run was in a stage.
+
+    The longest where several died; NaN where nobody's place was taken, which is no finding at a run's last visits.
+    """
 
 
 def reference_run(folder: Path, engine: str) -> dict[str, bytes]:
@@ -81,11 +84,11 @@ def products(run_dir: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in paths}
 
 
-def play(cell: Cell, folder: Path, *, name: str, visit: int, engine: str, expected: dict[str, bytes]) -> Outcome:
-    """Runs a cell to its end, resuming it where its controller dies.
+def play(*cells: Cell, folder: Path, name: str, visit: int, engine: str, expected: dict[str, bytes]) -> Outcome:
+    """Plays cells in one run to its end, resuming it where its controller dies.
 
     Args:
-        cell: who dies where.
+        *cells: who dies where.
         folder: of all runs; holds model and prompts.
         name: of this run.
         visit: the how manieth time that a process comes to the point.
@@ -93,17 +96,19 @@ def play(cell: Cell, folder: Path, *, name: str, visit: int, engine: str, expect
         expected: `products` of a run that nothing disturbed.
     """
     run_dir, chaos = folder / name, folder / f"{name}.chaos"
-    chaos.mkdir()
-    (chaos / "armed.json").write_text(json.dumps({"point": cell.point, "role": cell.role, "visit": visit}))
+    (chaos / "armed").mkdir(parents=True)
+    for cell in cells:
+        armed = {"point": cell.point, "role": cell.role, "visit": visit}
+        (chaos / "armed" / f"{cell}.json").write_text(json.dumps(armed))
     environment = {FOLDER: str(chaos)}
     settings = overrides(folder, run_dir, engine=engine, **SETTINGS)
-    with nodes(chaos) if cell.role == "node" else nullcontext([]) as cluster:
+    with nodes(chaos) if any(cell.role == "node" for cell in cells) else nullcontext([]) as cluster:
         code = _run(["run", *settings, *cluster], environment, may_fail=True)
         resumes = 0
         while code == -signal.SIGKILL and resumes < MAX_RESUMES:
             resumes += 1
             code = _run(["run", "--resume", str(run_dir), *cluster], environment, may_fail=True)
-    return _outcome(cell, run_dir, chaos, code, expected)
+    return _outcome(cells, run_dir, chaos, code, expected)
 
 
 @contextmanager
@@ -126,19 +131,21 @@ def nodes(chaos: Path) -> Iterator[list[str]]:
         process.wait(RUN_S)
 
 
-def _outcome(cell: Cell, run_dir: Path, chaos: Path, code: int, expected: dict[str, bytes]) -> Outcome:
-    findings, recovery_s = [], float("nan")
+def _outcome(cells: Sequence[Cell], run_dir: Path, chaos: Path, code: int, expected: dict[str, bytes]) -> Outcome:
+    findings, recovered = [], []
     events = read_events(run_dir)
     if code:
         findings.append(f"the run ended with code {code}: {(chaos / 'output.txt').read_text()[-2000:]}")
     findings += [event["text"] for event in events if event["kind"] == EventKind.STOPPED]
-    if (chaos / "fired.json").exists():
-        died = json.loads((chaos / "fired.json").read_text())["time"]
-        recovery_s = _recovered(cell, events, died) - died
-        if math.isnan(recovery_s) and (cell.point not in LATE or cell.role == "controller"):
-            findings.append("nobody took its place")
-    else:
-        findings.append("nobody was killed")
+    for cell in cells:
+        fired = chaos / "fired" / f"{cell}.json"
+        if not fired.exists():
+            findings.append(f"{cell}: nobody was killed")
+            continue
+        died = json.loads(fired.read_text())["time"]
+        recovered.append(_recovered(cell, events, died) - died)
+        if math.isnan(recovered[-1]) and (cell.point not in LATE or cell.role == "controller"):
+            findings.append(f"{cell}: nobody took its place")
     found = audit(run_dir)
     findings += found.findings
     if not code and products(run_dir) != expected:
@@ -148,7 +155,7 @@ def _outcome(cell: Cell, run_dir: Path, chaos: Path, code: int, expected: dict[s
         lost=len(found.lost) + len(found.damaged),
         repeated=len(found.repeated) + len(found.rejudged),
         stale=len(found.stale),
-        recovery_s=recovery_s,
+        recovery_s=max((seconds for seconds in recovered if not math.isnan(seconds)), default=math.nan),
     )
 
 

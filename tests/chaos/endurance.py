@@ -137,7 +137,7 @@ def soak(folder: Path, *, minutes: float, engine: str, seed: int) -> int:
         # A controller dies seldom, so that there is something to see between its deaths.
         role = "controller" if kills % CONTROLLER_LIFE == CONTROLLER_LIFE - 1 else lots.choice(SOAK_ROLES)
         with suppress(RuntimeError, ProcessLookupError):
-            kill(role, chaos)
+            kill(role, chaos, str(kills))
             kills += 1
         print(f"{role:<10} killed; {lives[-1][-1]}, {stages(run_dir)} stages", flush=True)
     process.send_signal(signal.SIGINT)

@@ -2,10 +2,10 @@
 
 A folder (`AGON_CHAOS`) says what is to happen, so that all processes of a run agree on it:
 
-    armed.json    {"point": "optimizer step", "role": "generator", "visit": 2}; whoever comes to the point for the
-                  visit-th time in its process takes the file away, so that it happens once, and kills the role
-    fired.json    when that was, and which process died
-    pids/         one empty file a process, <role>-<name>-<pid>; raylets among them where the run has nodes
+    armed/    {"point": "optimizer step", "role": "generator", "visit": 2}, a file each; whoever comes to the point for
+              the visit-th time in its process takes the file away, so that it happens once, and kills the role
+    fired/    when that was, and which process died, in a file of the same name
+    pids/     one empty file a process, <role>-<name>-<pid>; raylets among them where the run has nodes
 """
 
 from __future__ import annotations
@@ -37,33 +37,30 @@ def register(role: str, name: str = "", pid: int | None = None) -> None:
 def strike(point: str, *, delay_s: float = 0.0) -> None:
     """At a point: does what is armed for it, if it is this visit; after `delay_s` in another thread where given."""
     folder = Path(os.environ[FOLDER])
-    try:
-        armed = json.loads((folder / "armed.json").read_text())
-    except FileNotFoundError:
-        return
-    if armed["point"] != point:
-        return
     _visits[point] += 1
-    if _visits[point] != armed["visit"]:
-        return
-    try:
-        os.rename(folder / "armed.json", folder / "taken.json")
-    except FileNotFoundError:
-        return  # another process was faster
-    if delay_s:
-        threading.Timer(delay_s, kill, [armed["role"], folder]).start()
-    else:
-        kill(armed["role"], folder)
+    for path in sorted((folder / "armed").glob("*.json")):
+        try:
+            armed = json.loads(path.read_text())
+            if (armed["point"], armed["visit"]) != (point, _visits[point]):
+                continue
+            path.unlink()
+        except FileNotFoundError:
+            continue  # another process was faster
+        if delay_s:
+            threading.Timer(delay_s, kill, [armed["role"], folder, path.name]).start()
+        else:
+            kill(armed["role"], folder, path.name)
 
 
-def kill(role: str, folder: Path) -> None:
-    """Kills the newest living process of a role; its own process last of all."""
+def kill(role: str, folder: Path, name: str) -> None:
+    """Kills the newest living process of a role and notes it under a name."""
     victims = [pid for pid in _pids(folder, role) if psutil.pid_exists(pid)]
     if role == "node":
         victims.sort(key=_num_children)  # the one that has most of the actors dies
     if not victims:
         raise RuntimeError(f"nobody of role {role} lives")
-    (folder / "fired.json").write_text(json.dumps({"role": role, "pid": victims[-1], "time": time.time()}))
+    (folder / "fired").mkdir(exist_ok=True)
+    (folder / "fired" / name).write_text(json.dumps({"role": role, "pid": victims[-1], "time": time.time()}))
     os.kill(victims[-1], signal.SIGKILL)
 
 
