@@ -65,6 +65,8 @@ class Inputs:
     """At its beginning."""
     test_prompts: Sequence[Prompt]
     """`evaluation.final_problems` held-out prompts, or as many as there are."""
+    verifier: str | None
+    """The name that its scores carry, with the version of its file where it is the user's; None where there is none."""
 
 
 def preflight(config: Config, *, resume: Path | None = None, machine: Machine | None = None) -> Inputs:
@@ -93,7 +95,7 @@ def preflight(config: Config, *, resume: Path | None = None, machine: Machine | 
     if resume is not None:
         collect(lambda: check_resumable(config, run_dir))
     task = collect(lambda: build_task(config.task, config.seed))
-    collect(lambda: _check_scorer(config, task))
+    verifier = collect(lambda: _check_scorer(config, task))
     collect(lambda: wandb_mode(config.tracking.wandb))
     model = collect(lambda: _find_model(config))
     if model is not None:
@@ -117,6 +119,7 @@ def preflight(config: Config, *, resume: Path | None = None, machine: Machine | 
         task=task,
         prompts=prompts,
         test_prompts=test_prompts,
+        verifier=verifier,
     )
 
 
@@ -153,7 +156,8 @@ def _check_run_dir(run_dir: Path, resume: Path | None) -> None:
         raise ConfigError(f"run_dir={run_dir}: {parent} is not writable for you: choose another run_dir")
 
 
-def _check_scorer(config: Config, task: Task | None) -> None:
+def _check_scorer(config: Config, task: Task | None) -> str | None:
+    """The name of the verifier, where there is one."""
     from actors.judges import build_scorer
     from actors.judges.llm_judge import check_llm_judge
     from actors.judges.majority import build_majority
@@ -164,10 +168,11 @@ def _check_scorer(config: Config, task: Task | None) -> None:
     if "majority" in kinds:
         build_majority(config.scorer)
     if "verifier" not in pooled_kinds(config):
-        return
-    build_scorer(replace(config.scorer, kind="verifier"))
+        return None
+    scorer = build_scorer(replace(config.scorer, kind="verifier"))
     if task is not None and not task.has_answers and config.scorer.verifier != "function":
         raise ConfigError(f"scorer.verifier={config.scorer.verifier}: needs reference answers: set task.answer_field")
+    return scorer.name
 
 
 def _find_model(config: Config) -> tuple[Path | None, ModelShape]:

@@ -66,10 +66,11 @@ def run(config: Config, resume: Path | None = None) -> int:
     config = _with_absolute_paths(config)
     check_judge_model(config)
     inputs = preflight(config, resume=resume)
-    run_dir = inputs.run_dir
+    run_dir, identity = inputs.run_dir, _identity(config, inputs.verifier)
     with RunLock(run_dir), Ledger(run_dir) as ledger:
         if resume is not None:
             _check_unchanged(config, run_dir / "config.yaml")
+            ledger.check_identity(identity)
             if _is_finished(ledger, config):
                 more = config.pipeline.iterations + 1
                 _say(
@@ -82,7 +83,7 @@ def run(config: Config, resume: Path | None = None) -> int:
         ledger.begin(
             recipe=config.recipe.name,
             seed=config.seed,
-            config_hash=_identity(config),
+            config_hash=identity,
             iterations=config.pipeline.iterations,
         )
         return Run(config, inputs, ledger).go()
@@ -117,9 +118,9 @@ def _lasting(config: Config) -> dict[str, Any]:
     }
 
 
-def _identity(config: Config) -> str:
+def _identity(config: Config, verifier: str | None) -> str:
     """Of the lasting settings and of the files they name: other prompts under the same name make another run."""
-    digest = hashlib.sha256(json.dumps(_lasting(config)).encode())
+    digest = hashlib.sha256(json.dumps([_lasting(config), verifier]).encode())
     task, judge, others = config.task, config.judge, (config.search.rubric, config.learner.replay_path)
     for path in (task.path, task.test_path, judge.rubric, judge.principles, *others):
         if path is not None:

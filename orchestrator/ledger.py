@@ -255,18 +255,27 @@ class Ledger(LedgerReader):
             raise
         self.db.execute("COMMIT")
 
+    def check_identity(self, config_hash: str) -> None:
+        """Refuses a folder that holds another run than this one.
+
+        Raises:
+            ConfigError: its configuration, or a file that is named there, is another.
+        """
+        known = self.run()
+        if known is not None and known.config_hash != config_hash:
+            raise ConfigError(
+                f"{self.path.parent} holds a run with another configuration, or with other content in the files that it"
+                f" names: prompts, rubrics, scorer.function (recipe {known.recipe}, seed {known.seed}, hash"
+                f" {known.config_hash}; now {config_hash}): resume it unchanged, or choose another run_dir"
+            )
+
     def begin(self, *, recipe: str, seed: int, config_hash: str, iterations: int) -> None:
         """Notes that the run starts, or goes on.
 
         Raises:
             ConfigError: the folder holds a run with another configuration.
         """
-        known = self.run()
-        if known is not None and known.config_hash != config_hash:
-            raise ConfigError(
-                f"{self.path.parent} holds a run with another configuration (recipe {known.recipe}, seed {known.seed},"
-                f" hash {known.config_hash}; now {config_hash}): resume it unchanged, or choose another run_dir"
-            )
+        self.check_identity(config_hash)
         self.db.execute(
             "INSERT INTO run (id, recipe, seed, config_hash, iterations, status, started) VALUES (1, ?, ?, ?, ?, ?, ?)"
             " ON CONFLICT (id) DO UPDATE SET"

@@ -5,9 +5,11 @@ import sys
 import pytest
 import torch
 
+from actors.judges import build_scorer
 from conf.compose import compose, resolved_yaml
 from launch import cli
 from launch.resuming import check_resumable
+from launch.run import _identity
 from learners.checkpoint import State, write_folder
 from orchestrator.ledger import Ledger, RunStatus
 from orchestrator.summary import build_summary, write_summary
@@ -50,8 +52,10 @@ def refused(run_dir, monkeypatch, capsys, *overrides):
 
 
 def contents(run_dir):
-    """Without the two files by which SQLite knows its readers."""
-    files = [path for path in run_dir.rglob("*") if path.is_file() and not path.name.endswith(("-shm", "-wal"))]
+    """Without the two files by which SQLite knows its readers, and the lock."""
+    files = [
+        path for path in run_dir.rglob("*") if path.is_file() and not path.name.endswith(("-shm", "-wal", ".lock"))
+    ]
     return {str(path): path.read_bytes() for path in files}
 
 
@@ -71,3 +75,18 @@ def test_fewer_iterations_than_are_finished(run_dir, monkeypatch, capsys):
 def test_what_is_whole_passes(run_dir):
     check_resumable(compose(["pipeline.iterations=2"]), run_dir)
     check_resumable(compose(["pipeline.iterations=3"]), run_dir)
+
+
+def test_a_function_that_was_changed_since(run_dir, monkeypatch, capsys, tmp_path):
+    """Scores of two functions are not to be mixed."""
+    module = tmp_path / "changing_rewards.py"
+    module.write_text("def f(prompt, completion, answer):\n    return 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    chosen = ["pipeline.iterations=3", "scorer.verifier=function", "scorer.function=changing_rewards.f"]
+    (run_dir / "config.yaml").write_text(resolved_yaml(compose(chosen)))
+    verifier = build_scorer(compose(chosen).scorer).name
+    with Ledger(run_dir) as ledger:
+        ledger.db.execute("UPDATE run SET config_hash = ?", (_identity(compose(chosen), verifier),))
+    module.write_text("def f(prompt, completion, answer):\n    return 0.0\n")
+    said = refused(run_dir, monkeypatch, capsys)
+    assert "other content in the files that it names: prompts, rubrics, scorer.function" in said
