@@ -82,11 +82,6 @@ class Accounts:
         row = self._db.execute("SELECT path, iteration, bytes, digest FROM files WHERE path = ?", (path,)).fetchone()
         return row and FileRecord(**row)
 
-    def files(self) -> list[FileRecord]:
-        """All files that count."""
-        rows = self._db.execute("SELECT path, iteration, bytes, digest FROM files ORDER BY path")
-        return [FileRecord(**row) for row in rows]
-
     def issue_wave(self, iteration: int, wave: int, prompts: Sequence[str]) -> None:
         """Notes that completions of `prompts` are asked for; an earlier attempt at the wave is forgotten."""
         for table in ("groups", "pairs"):
@@ -225,11 +220,6 @@ class Accounts:
             "INSERT OR REPLACE INTO publications VALUES (?, ?, ?, ?)",
             (version.number, version.digest, iteration, time.time()),
         )
-
-    def publication(self, number: int) -> PolicyVersion | None:
-        """The weights that were published under a number; None where none were."""
-        row = self._db.execute("SELECT number, digest FROM publications WHERE number = ?", (number,)).fetchone()
-        return row and PolicyVersion(**row)
 
     def quarantine(self, prompt: str, iteration: int, reason: str) -> None:
         """Notes that a prompt is set aside for good."""
