@@ -5,25 +5,25 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
-from transformers import AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
+from typing import TYPE_CHECKING
 
 from conf.compose import compose
 from launch.initial_model import initial_model
 from launch.machines import existing_parent
-from learners.checkpoint import Checkpoint
-from learners.policy import DTYPES, load_model
 from orchestrator.errors import ModelError
 from orchestrator.ledger import LedgerReader
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from orchestrator.ledger import FinishedIteration
 
+    Write = Callable[[str, str | None, str, str], object]
 
-def export(run: Path, out: Path, iteration: int | None = None, *, replace: bool = False) -> Path:
+
+def export(
+    run: Path, out: Path, iteration: int | None = None, *, replace: bool = False, write: Write | None = None
+) -> Path:
     """Writes the policy of an iteration with its tokenizer; transformers and vLLM load the folder.
 
     Args:
@@ -31,6 +31,7 @@ def export(run: Path, out: Path, iteration: int | None = None, *, replace: bool 
         out: where to write; must not exist, or be empty.
         iteration: which one; None: the last that has a checkpoint, or the initial model where none was promoted.
         replace: take the place of what `out` holds, once the new folder is whole.
+        write: does what `learners.export.write_model` does, in another process; None: in this one.
 
     Raises:
         ConfigError: `run` holds no run.
@@ -46,25 +47,14 @@ def export(run: Path, out: Path, iteration: int | None = None, *, replace: bool 
     checkpoint = _find(run, iteration)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    disable_progress_bar()
-    model = load_model(model_dir)
-    if checkpoint is not None:
-        _load_weights(model, run / checkpoint, model_dir)
-    model.to(DTYPES[config.model.dtype]).save_pretrained(partial)  # type: ignore[operator]
-    AutoTokenizer.from_pretrained(model_dir).save_pretrained(partial)
+    if write is None:
+        from learners.export import write_model
+
+        write = write_model
+    write(str(model_dir), str(run / checkpoint) if checkpoint else None, config.model.dtype, str(partial))
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
     return out
-
-
-def _load_weights(model: Any, checkpoint: Path, model_dir: Path) -> None:
-    live = dict(model.named_parameters())
-    weights = Checkpoint(checkpoint).read("weights")
-    if weights.keys() != live.keys():
-        raise ModelError(f"{checkpoint} was saved from another model than {model_dir}")
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            live[name].copy_(tensor)
 
 
 def _find(run: Path, iteration: int | None) -> Path | None:

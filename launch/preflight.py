@@ -110,7 +110,7 @@ def preflight(config: Config, *, resume: Path | None = None, machine: Machine | 
     collect(lambda: _check_verdicts(config, tokenizer))
     _raise(found)
     prompts, test_prompts = _prompts(config, task, tokenizer)
-    if model[0] is not None:
+    if model[0] is not None and resume is None:  # seconds, and it was done when the run began
         _check_weights(model[0])
     return Inputs(
         run_dir=run_dir,

@@ -19,12 +19,14 @@ import time
 import traceback
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conf.compose import compose, flatten, resolved_yaml
 from launch.children import children, end_children
 from launch.console import make_console
+from launch.export import export
 from launch.initial_model import prepare_initial_model
 from launch.judge_models import check_judge_model, prepare_judge_model
 from launch.preflight import preflight
@@ -222,10 +224,10 @@ class Run:
                     config, self._inputs, model_dir, ledger=self._ledger, tracker=self._tracker, emit=self._events
                 )
             Controller(context).run()
-        with self._stage("export"):
-            from launch.export import export
-
-            export(self._run_dir, self._run_dir / "model", replace=True)
+            with self._stage("export"):
+                # By the learner, which has loaded all that it takes.
+                write = partial(context.learning.call, "export", what="export")
+                export(self._run_dir, self._run_dir / "model", replace=True, write=write)
 
     def _write_summary(self) -> None:
         write_summary(self._run_dir, build_summary(self._ledger, seconds=self._seconds))

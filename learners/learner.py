@@ -11,8 +11,6 @@ import numpy as np
 import ray
 
 from actors.vllm_transfer import WeightSender
-from learners.saving import Saver
-from learners.trainer import Trainer
 from orchestrator.errors import DeadlineError, TrainingError
 from orchestrator.remote import fetch
 from orchestrator.stacks import Observable
@@ -51,6 +49,10 @@ class Learner(Observable):
         seeds: Sequence[SeedSequence],
         seed: int,
     ) -> None:
+        # Here, since the controller, which has to know this class, needs nothing of them.
+        from learners.saving import Saver
+        from learners.trainer import Trainer
+
         self._busy = threading.Lock()
         self._steps_done = 0
         self._step_deadline_s = learner.step_deadline_s
@@ -234,6 +236,12 @@ class Learner(Observable):
             self._trainer.load(folder)
             self._trainer.version = version
             return self._trainer.step
+
+    def export(self, model_dir: str, checkpoint: str | None, dtype: str, folder: str) -> None:
+        """See `learners.export.write_model`."""
+        from learners.export import write_model
+
+        write_model(model_dir, checkpoint, dtype, folder)
 
     def _copied_state(self) -> State:
         with self._busy:

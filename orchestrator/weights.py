@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import xxhash
 
 from orchestrator.errors import PublicationError
@@ -26,6 +25,7 @@ from orchestrator.types import PolicyVersion
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    import torch
     from numpy.typing import NDArray
 
     from actors.engine import Engine
@@ -77,6 +77,8 @@ def pack(
     tensors: Mapping[str, torch.Tensor], bucket_bytes: int = BUCKET_BYTES
 ) -> tuple[tuple[TensorRecord, ...], list[NDArray[np.uint8]]]:
     """Copies tensors into buckets of at most `bucket_bytes` each (a larger tensor gets a bucket of its own)."""
+    import torch  # where there are tensors it is loaded; the controller has none
+
     layout: list[tuple[str, torch.Tensor, int, int]] = []
     sizes: list[int] = []
     for name, tensor in tensors.items():
@@ -137,6 +139,8 @@ def corrupted(records: Sequence[TensorRecord], buckets: Sequence[NDArray[np.uint
 
 def unpack(records: Sequence[TensorRecord], buckets: Sequence[NDArray[np.uint8]]) -> dict[str, torch.Tensor]:
     """Tensors that are views of the buckets: valid, and read-only, as long as those live."""
+    import torch
+
     tensors = {}
     with warnings.catch_warnings():
         # torch warns that the arrays of the object store are read-only; nothing here writes to them.
