@@ -36,7 +36,7 @@ demo: $(READY)
 	$(BIN)/agon run seed=$(SEED)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term --cov-fail-under=85
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-fail-under=85
 
 lint: $(READY)
 	$(BIN)/ruff check .

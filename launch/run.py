@@ -200,14 +200,14 @@ class Run:
 
     def _run(self) -> None:
         self._write_summary()  # and again with each iteration: it is there even when this process is killed
-        config, finished = self._config, self._ledger.finished()
+        config, last = self._config, self._ledger.resume_point()
         self._tracker.start(
             RunInfo(
                 recipe=config.recipe.name,
                 seed=config.seed,
                 run_dir=self._run_dir,
                 iterations=config.pipeline.iterations,
-                start_iteration=finished[-1].iteration + 1 if finished else 0,
+                start_iteration=last.iteration + 1 if last else 0,
                 config=asdict(config),
             )
         )

@@ -59,12 +59,12 @@ class Controller:
         if before := context.ledger.resume_point():
             context.learning.version = before.version.number
         checkpoint = context.learning.surviving(context.learning.restore)
-        finished = context.ledger.finished()  # read after it: a checkpoint that is damaged undoes iterations
-        if context.ledger.phases():
-            context.tracker.rewind(len(finished))
-            self._say_where(finished, checkpoint)
-        if finished:
-            self._continue_from(finished, checkpoint)
+        last = context.ledger.resume_point()  # read after it: a checkpoint that is damaged undoes iterations
+        if context.ledger.spent():
+            context.tracker.rewind(last.iteration + 1 if last else 0)
+            self._say_where(last, checkpoint)
+        if last:
+            self._continue_from(last, checkpoint)
         else:
             self._begin()
         for number in range(len(self._versions), config.pipeline.iterations + 1):
@@ -99,11 +99,12 @@ class Controller:
             " generator.max_tokens enough, are the prompts neither too easy nor too hard?"
         )
 
-    def _say_where(self, finished: list[FinishedIteration], checkpoint: CheckpointRecord | None) -> None:
-        text = f"resumed: {len(finished) - 1} iterations are finished" if finished else "resumed at the beginning"
-        if checkpoint is not None and checkpoint.iteration == len(finished):
+    def _say_where(self, last: FinishedIteration | None, checkpoint: CheckpointRecord | None) -> None:
+        text = f"resumed: {last.iteration} iterations are finished" if last else "resumed at the beginning"
+        due = last.iteration + 1 if last else 0
+        if checkpoint is not None and checkpoint.iteration == due:
             text += f", and {checkpoint.batches} batches of iteration {checkpoint.iteration} are trained on"
-        self._context.emit(Event(kind=EventKind.RESUMED, iteration=len(finished), text=text))
+        self._context.emit(Event(kind=EventKind.RESUMED, iteration=due, text=text))
 
     def _begin(self) -> None:
         context = self._context
@@ -122,11 +123,11 @@ class Controller:
         )
         context.tracker.log(metrics, iteration=0, step=0)
 
-    def _continue_from(self, finished: list[FinishedIteration], checkpoint: CheckpointRecord | None) -> None:
+    def _continue_from(self, last: FinishedIteration, checkpoint: CheckpointRecord | None) -> None:
         """Generators get the last promoted weights, unless the learner has gone on from them already."""
-        context, last = self._context, finished[-1]
+        context = self._context
         context.prompts.cursor = last.cursor
-        self._versions = [iteration.version for iteration in finished]
+        self._versions = context.ledger.versions()
         context.learning.version = last.version.number
         if checkpoint is not None and checkpoint.iteration > last.iteration:
             return

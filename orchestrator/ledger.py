@@ -198,6 +198,11 @@ class LedgerReader:
         """The last iteration that counts; None when the run has to start from the beginning."""
         return next(self.latest_finished(), None)
 
+    def versions(self) -> list[PolicyVersion]:
+        """The policy that each iteration that counts left, in order."""
+        rows = self.db.execute("SELECT version_number, version_digest FROM iterations ORDER BY iteration")
+        return [PolicyVersion(number=number, digest=digest) for number, digest in rows]
+
     def spent(self) -> dict[str, tuple[float, int]]:
         """Of each phase, over all iterations: seconds and tokens; in the order in which they first began."""
         rows = self.db.execute(

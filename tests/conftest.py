@@ -19,6 +19,15 @@ settings.register_profile("explore", print_blob=True, deadline=None)
 settings.load_profile("repeatable")
 
 
+LONGEST_FIRST = ("run", "chaos", "faults", "judged_run", "one_file", "rollback", "audit", "security", "tracking")
+"""Modules of whole runs; begun first, so that no worker waits for the last of them."""
+
+
+def pytest_collection_modifyitems(items):
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.fixture(scope="module")
 def ray_cluster():
     """A Ray of the test module's own, with more logical CPUs than the machine may have."""

@@ -269,12 +269,14 @@ def test_what_is_interrupted_is_not_held_up_by_an_upload(tmp_path, monkeypatch, 
 
 
 INTERRUPTED = """
+import signal
 import sys
 from pathlib import Path
 from conf.schema import TrackingConfig
 from orchestrator.ledger import RunStatus
 from orchestrator.wandb_tracker import WandbTracker
 from tests.test_tracking import info
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background processes are without
 tracker = WandbTracker(TrackingConfig(), print)
 try:
     tracker.start(info(Path(sys.argv[1])))
@@ -297,7 +299,6 @@ def test_an_interrupt_while_wandb_starts_leaves_no_word_of_it(tmp_path):
         )
         silent.settimeout(60)
         connection, _ = silent.accept()
-        time.sleep(1)  # its service has connected; it comes to the wait itself
         process.send_signal(signal.SIGINT)
         told = process.communicate(timeout=60)
         connection.close()
