@@ -5,7 +5,6 @@ import os
 import numpy as np
 
 from actors.engine import EngineOutput
-from actors.held_weights import is_outdated
 from orchestrator.types import FinishReason
 
 
@@ -60,6 +59,8 @@ class CountingEngine:
         return [name for name, tensor in tensors.items() if not (tensor == self.weights.get(name, tensor + 1)).all()]
 
     def outdated(self, records):
+        from actors.held_weights import is_outdated
+
         return [r.name for r in records if r.name in self.weights and is_outdated(self.weights[r.name], r)]
 
     def score(self, sequences):

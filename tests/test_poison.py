@@ -18,7 +18,6 @@ from orchestrator.scoring import PooledTextModel
 from orchestrator.store import Store, read_rollouts
 from orchestrator.types import Completion, FinishReason, Prompt, Score, ScoredGroup
 from tests.fakes import POISON, DyingEngine
-from tests.models import make_tokenizer
 from tests.records import V1
 
 
@@ -79,10 +78,12 @@ def test_a_prompt_that_kills_its_engine_is_set_aside_and_not_asked_again(rollout
     assert len(events) == deaths
 
 
-def test_a_question_that_kills_its_judge_has_no_answer_and_the_others_have_theirs(rollouts, tmp_path):
+def test_a_question_that_kills_its_judge_has_no_answer_and_the_others_have_theirs(rollouts):
+    from launch.tiny import make_tokenizer  # here, since the actors load this module as well
+
     _, pool, _, _ = rollouts
     judge = PooledTextModel(
-        pool, make_tokenizer(tmp_path), version=lambda: "v1", template=TaskConfig(), max_length=64, deadline_s=120
+        pool, make_tokenizer(64), version=lambda: "v1", template=TaskConfig(), max_length=64, deadline_s=120
     )
     asked = make_requests(prompts(poisoned=5), DRAW, seed=0)
     replies = judge.generate(asked)
