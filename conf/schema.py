@@ -141,7 +141,7 @@ class ScorerConfig:
     cpus_per_actor: float = knob(0.1, "CPU cores of one scorer", low=0)
     restarts: int = knob(3, "actor deaths the pool mends before it gives up", low=0)
     start_deadline_s: float = knob(300, "an actor must be ready after so long", above=0)
-    deadline_s: float = knob(120, "one wave of completions must be scored after so long", above=0)
+    deadline_s: float = knob(120, "one wave must be scored after so long, beside call_timeout_s for each call", above=0)
     call_timeout_s: float = knob(10, "your function, or one completion's tests, must answer after so long", above=0)
     call_memory_mb: int = knob(1024, "memory your function, or the code under test, may take, MiB", low=64)
 

@@ -4,9 +4,11 @@ It reads the ledger's tables and the Parquet files as they are, with SQLite and 
 
     damaged     a file that counts is missing, or has another size or digest than the ledger says; of its iteration
                 only the steps are looked at then
-    lost        a pair that was accepted, or of a scored group, is missing where it should be; or a batch of a finished
-                iteration was never acknowledged
-    repeated    a pair is in more acknowledged batches than the iteration has epochs, or two batches took one step
+    lost        a pair that was accepted, or of a scored group, is missing where it should be; a batch of a finished
+                iteration was never acknowledged; or an iteration asked for fewer prompts than it should have
+    repeated    a pair is in more acknowledged batches than the iteration has epochs, two batches took one step, or
+                the stream of prompts did not go on with an iteration; or weights on disk contain other batches than
+                the ledger says
     rejudged    a prompt's completions were scored twice in one iteration
     stale       a pair was sampled by another policy than the one its iteration started from
 """
@@ -29,6 +31,8 @@ from orchestrator.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from conf.schema import Config
 
 _CHUNK = 1 << 22
 ROLLED_BACK = "rolled back"
@@ -69,19 +73,20 @@ def audit(run: Path) -> Audit:
         DataError: it has no ledger that can be read.
         ConfigError: it has no configuration that can be read.
     """
-    epochs = compose([], run / "config.yaml").learner.epochs
+    config = compose([], run / "config.yaml")
     try:
         with closing(sqlite3.connect(f"{(run / 'ledger.sqlite').absolute().as_uri()}?mode=ro", uri=True)) as db:
-            return _Auditor(run, db, epochs).run()
+            return _Auditor(run, db, config).run()
     except sqlite3.DatabaseError as error:
         raise DataError(f"{run / 'ledger.sqlite'}: not a readable ledger: {error}") from error
 
 
 class _Auditor:
-    def __init__(self, run: Path, db: sqlite3.Connection, epochs: int) -> None:
+    def __init__(self, run: Path, db: sqlite3.Connection, config: Config) -> None:
         self._run = run
         self._db = db
-        self._epochs = epochs
+        self._epochs = config.learner.epochs
+        self._prompts = config.pipeline.prompts_per_iteration
         self._policies: dict[int, str] = dict(db.execute("SELECT iteration, version_digest FROM iterations"))
         """Digest of the weights that each finished iteration left, by its number."""
         self._checked = set(self._policies)
@@ -90,6 +95,7 @@ class _Auditor:
 
     def run(self) -> Audit:
         self._check_files()
+        self._check_prompts()
         self._check_judgements()
         pairs = self._check_pairs()
         for iteration, ids in pairs.items():
@@ -101,12 +107,38 @@ class _Auditor:
         for path, iteration, size, digest in self._db.execute("SELECT path, iteration, bytes, digest FROM files"):
             if not self._check_file(path, size, digest) and path.startswith(("pairs/", "rollouts/")):
                 self._checked.discard(iteration)
-        for folder, digest in self._db.execute("SELECT path, digest FROM checkpoints"):
+        checkpoints = self._db.execute("SELECT path, digest, iteration, batches, step FROM checkpoints")
+        for folder, digest, *contains in checkpoints:
             manifest = f"{folder}/manifest.json"
             if self._check_file(manifest, None, digest):
                 files = json.loads((self._run / manifest).read_bytes())["files"]
-                for name, record in files.items():
-                    self._check_file(f"{folder}/{name}", record["size"], record["digest"])
+                whole = [
+                    self._check_file(f"{folder}/{name}", one["size"], one["digest"]) for name, one in files.items()
+                ]
+                if all(whole):
+                    self._check_weights(folder, contains)
+
+    def _check_weights(self, folder: str, contains: list[int]) -> None:
+        """Whether a checkpoint has the batches that the ledger says it has: (iteration, of it, of the run)."""
+        facts = json.loads((self._run / folder / "trainer.json").read_bytes())
+        if (found := [facts[name] for name in ("iteration", "batches_done", "step")]) != contains:
+            self._found.repeated.append(
+                f"{folder} contains (iteration, its batches, all batches) {found}, not {contains}"
+            )
+
+    def _check_prompts(self) -> None:
+        """Whether each iteration asked for its prompts, and for others than those before it."""
+        cursors = dict(self._db.execute("SELECT iteration, cursor FROM iterations"))
+        issued: Counter[int] = Counter()
+        for iteration, prompts in self._db.execute("SELECT iteration, prompts FROM waves"):
+            issued[iteration] += len(json.loads(prompts))
+        for iteration in sorted(cursors.keys() - {0}):
+            if issued[iteration] != self._prompts:
+                self._found.lost.append(
+                    f"iteration {iteration} asked for {issued[iteration]} of {self._prompts} prompts"
+                )
+            if cursors[iteration] < cursors[iteration - 1] + issued[iteration]:
+                self._found.repeated.append(f"prompts of iteration {iteration}: the stream did not go on by so many")
 
     def _check_file(self, path: str, size: int | None, digest: str) -> bool:
         """Whether a file is what was written."""

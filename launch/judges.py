@@ -64,10 +64,12 @@ class Judges:
         config = self._config
         if kind in POOLED_KINDS:
             reliability = None if kind == "verifier" else Reliability()
+            of_others = kind == "verifier" and config.scorer.verifier in ("function", "tests")
             return PooledJudge(
                 kind,
                 self._roles.scorers[kind],
                 deadline_s=config.scorer.deadline_s,
+                call_timeout_s=config.scorer.call_timeout_s if of_others else 0.0,
                 reliability=reliability,
                 quarantined=self._quarantined,
             )

@@ -17,6 +17,7 @@ from actors.scorer import ScorerActor
 from conf.judging import cpus_needed, has_own_judge, own_language_model, pooled_kinds
 from launch.model_files import find_model, folder_version
 from learners.learner import Learner
+from orchestrator.errors import DeadlineError
 from orchestrator.pools import ActorPool
 from orchestrator.rollouts import Roles
 from orchestrator.seeds import derive_seed
@@ -33,10 +34,18 @@ _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "VLLM_NO_USAGE_STATS": "1", "TOKENIZER
 
 
 def start_ray(config: Config) -> None:
-    """Joins the cluster at `cluster.address`, or starts a Ray of this run's own on this machine."""
+    """Joins the cluster at `cluster.address`, or starts a Ray of this run's own on this machine.
+
+    Raises:
+        DeadlineError: neither could be done in the time that Ray gives itself.
+    """
     os.environ |= _QUIET
     with _signals_held():
-        _init_ray(config)
+        try:
+            _init_ray(config)
+        except Exception as error:
+            where = f"joined at cluster.address={config.cluster.address}" if config.cluster.address else "started here"
+            raise DeadlineError(f"Ray could not be {where}: {error}") from error
 
 
 @contextmanager

@@ -126,7 +126,7 @@ def _identity(config: Config, verifier: str | None) -> str:
     task, judge, others = config.task, config.judge, (config.search.rubric, config.learner.replay_path)
     for path in (task.path, task.test_path, judge.rubric, judge.principles, *others):
         if path is not None:
-            digest.update(Path(path).read_bytes())
+            digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
     return digest.hexdigest()[:16]
 
 

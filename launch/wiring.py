@@ -57,7 +57,7 @@ def build_context(
     if config.search.kind == "mcts":
         collector = TreeCollector(config, rollouts, judge, store, inputs.tokenizer, judges.evaluator())
     else:
-        collector = SampleCollector(config, rollouts, judge, store, archive, ledger)
+        collector = SampleCollector(config, rollouts, judge, store, archive, ledger, quarantined)
     return Context(
         config=config,
         run_dir=inputs.run_dir,

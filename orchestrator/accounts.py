@@ -221,11 +221,12 @@ class Accounts:
             (version.number, version.digest, iteration, time.time()),
         )
 
-    def quarantine(self, prompt: str, iteration: int, reason: str) -> None:
-        """Notes that a prompt is set aside for good."""
-        self._db.execute(
-            "INSERT OR IGNORE INTO quarantine VALUES (?, ?, ?, ?)", (prompt, iteration, reason, time.time())
-        )
+    def quarantine(self, prompts: Mapping[str, str], iteration: int) -> None:
+        """Notes that prompts are set aside for good, each with the reason; those that are known stay as they are."""
+        for prompt, reason in prompts.items():
+            self._db.execute(
+                "INSERT OR IGNORE INTO quarantine VALUES (?, ?, ?, ?)", (prompt, iteration, reason, time.time())
+            )
 
     def quarantined(self, before: int | None = None) -> Mapping[str, str]:
         """Prompts that were set aside, and why; only those before an iteration where one is named."""

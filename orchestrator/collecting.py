@@ -18,7 +18,7 @@ from orchestrator.store import read_rollouts, read_samples
 from orchestrator.tally import Tally
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from conf.schema import Config
@@ -69,10 +69,18 @@ class SampleCollector:
         store: where they are kept.
         archive: says which samples and scores an earlier attempt at a wave left.
         ledger: whose transaction makes samples count.
+        quarantined: prompts that were set aside, and why; grows as more are.
     """
 
     def __init__(
-        self, config: Config, rollouts: Rollouts, judge: Judge, store: Store, archive: Archive, ledger: Ledger
+        self,
+        config: Config,
+        rollouts: Rollouts,
+        judge: Judge,
+        store: Store,
+        archive: Archive,
+        ledger: Ledger,
+        quarantined: Mapping[str, str],
     ) -> None:
         self._config = config
         self._rollouts = rollouts
@@ -80,6 +88,7 @@ class SampleCollector:
         self._store = store
         self._archive = archive
         self._ledger = ledger
+        self._quarantined = quarantined
 
     def collect(self, wave: Wave) -> Collected:
         """See `Collector.collect`."""
@@ -116,7 +125,9 @@ class SampleCollector:
         self._store.write_samples(wave.iteration, wave.number, groups)
         with self._ledger.transaction():
             self._archive.seal(wave.iteration, [path])
-            Accounts(self._ledger).wave_sampled(wave.iteration, wave.number)
+            accounts = Accounts(self._ledger)
+            accounts.wave_sampled(wave.iteration, wave.number)
+            accounts.quarantine(self._quarantined, wave.iteration)
         return groups, sum(len(completion.token_ids) for group in groups for completion in group.completions)
 
 

@@ -19,11 +19,11 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import ray
-from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, ObjectLostError, OutOfMemoryError, RayTaskError
 
 from orchestrator.errors import ActorLostError, DeadlineError, FailureKind
 from orchestrator.events import EventKind
-from orchestrator.remote import last_words, unwrap
+from orchestrator.remote import DEATHS, last_words, unwrap
 from orchestrator.slots import told
 from orchestrator.waits import waiting
 
@@ -178,9 +178,10 @@ class Dispatch(Generic[Work, Result]):
                 if not isinstance(cause := unwrap(error, self._what), ActorLostError):
                     raise cause from None
                 lost.append(self._bury(slot, share, cause, by_itself=True))
-            except RayActorError as error:
+            except DEATHS as error:
                 words = ActorLostError(last_words(error))
-                lost.append(self._bury(slot, share, words, by_itself=isinstance(error, ActorDiedError)))
+                by_itself = isinstance(error, ActorDiedError | OutOfMemoryError)
+                lost.append(self._bury(slot, share, words, by_itself=by_itself))
             except ObjectLostError:
                 # The results lay on a node that died after they were made: nothing is wrong with the work.
                 self._queues[slot.name].appendleft(share)

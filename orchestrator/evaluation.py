@@ -72,6 +72,7 @@ def evaluate(
 
     greedy, sampled = rollouts.sample(prompts, [draw("greedy", 0.0), draw("sampled", config.evaluation.temperature)])
     scored = examiner.score(greedy + sampled)
+    examiner.metrics()  # which are of the training data, where the judge that trains is asked: these are dropped
     greedy_answers, sampled_answers = scored[: len(greedy)], scored[len(greedy) :]
     return Evaluation(
         greedy=accuracy(greedy_answers),

@@ -135,16 +135,19 @@ class Learning:
     def restore(self) -> CheckpointRecord | None:
         """Brings the learner to the newest checkpoint that is whole; None: to the initial model.
 
-        A damaged one is reported, and what only it contained is trained on again.
+        A damaged one is reported, and what only it contained is trained on again. A disk that fails or does not answer
+        says nothing of what is on it.
 
         Raises:
             ActorLostError: the learner died.
+            DeadlineError: a checkpoint was not loaded in time.
+            OSError: the disk fails.
         """
         damaged = False
         for record in reversed(self._accounts.checkpoints()):
             try:
                 self._load(record)
-            except (ModelError, OSError) as error:
+            except (ModelError, FileNotFoundError) as error:
                 self._give_up_checkpoint(record, error)
                 damaged = True
             else:
@@ -160,7 +163,7 @@ class Learning:
             raise ModelError(f"{folder} is another checkpoint than the one that was written there.")
         self.steps = self.ask("load", str(folder), self.version, what=f"load {record.path}")
 
-    def _give_up_checkpoint(self, record: CheckpointRecord, error: ModelError | OSError) -> None:
+    def _give_up_checkpoint(self, record: CheckpointRecord, error: ModelError | FileNotFoundError) -> None:
         known = self._accounts.checkpoints()
         before = known[known.index(record) - 1] if known.index(record) else None
         self._emit(
@@ -221,22 +224,23 @@ class Learning:
                     came_from = "where it was, with a new queue"
                 else:
                     self._begin_anew()
-                    came_from = self._go_back()
+                    came_from = self._go_back(fresh=True)
                 break
             except ActorLostError as again:
                 error = again
         seconds = time.monotonic() - started
         self._tell(EventKind.REPLACED, f"learner: goes on from {came_from} after {seconds:.1f} s")
 
-    def _go_back(self) -> str:
-        """To the last checkpoint that counts; returns its name.
+    def _go_back(self, *, fresh: bool = False) -> str:
+        """To the last checkpoint that counts; returns its name. A `fresh` learner holds the initial model.
 
         Raises:
             PoolError: it is damaged: more than this process knows of has to be done again.
         """
         known = self._accounts.checkpoints()
         if not known:
-            self._begin_anew()
+            if not fresh:
+                self._begin_anew()
             self.steps = 0
             return "the initial model"
         if self.restore() != known[-1]:

@@ -27,6 +27,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Self
 
 from orchestrator.errors import ConfigError, DataError
+from orchestrator.files import dump_json
 from orchestrator.types import PolicyVersion
 
 if TYPE_CHECKING:
@@ -346,17 +347,22 @@ def _finished(row: sqlite3.Row) -> FinishedIteration:
         version=PolicyVersion(number=row["version_number"], digest=row["version_digest"]),
         cursor=row["cursor"],
         checkpoint=row["checkpoint"],
-        metrics=json.loads(row["metrics"]),
+        metrics=_metrics(row["metrics"]),
         finished=row["finished"],
     )
 
 
 def _phase(row: sqlite3.Row) -> PhaseRecord:
-    return PhaseRecord(**{**row, "metrics": json.loads(row["metrics"])})
+    return PhaseRecord(**{**row, "metrics": _metrics(row["metrics"])})
 
 
 def _dump(metrics: Mapping[str, float]) -> str:
-    return json.dumps({name: float(value) for name, value in metrics.items()})
+    return dump_json({name: float(value) for name, value in metrics.items()})
+
+
+def _metrics(text: str) -> dict[str, float]:
+    """As they were noted; those that were not finite are left out."""
+    return {name: value for name, value in json.loads(text).items() if value is not None}
 
 
 def _columns(record: type[RunRecord | PhaseRecord]) -> str:

@@ -61,6 +61,10 @@ class Publisher:
 
     def _send(self, number: int) -> Publication:
         learner, generators = self._roles.learner, self._roles.generators
+        # Whoever died since they were asked last is replaced first: NCCL waits for all whom it was told of.
+        generators.broadcast(
+            lambda actor: actor.ready.remote(), what="sign of life", deadline_s=self._deadline_s, knob=_KNOB
+        )
         publication: Publication = fetch(
             learner.actor.publish.remote(number, generators.actors, self._deadline_s),
             what=f"learner: publish weights v{number}",

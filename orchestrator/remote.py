@@ -7,13 +7,25 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorUnschedulableError,
+    GetTimeoutError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    RuntimeEnvSetupError,
+)
 
 from orchestrator.errors import ActorLostError, ActorStartError, AgonError, DeadlineError, LostObjectError
 from orchestrator.waits import owners, waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+NO_START = (ActorUnschedulableError, RuntimeEnvSetupError)
+DEATHS = (RayActorError, OutOfMemoryError, *NO_START)
+"""What Ray raises where an actor's process is gone or never was; `OutOfMemoryError`: it was killed to save its node."""
 
 _RAISED = re.compile(r"[\w.]*(Error|Exception|Exit|Interrupt)(:|$)")
 _ADDRESS = re.compile(r"([\w ]+ )?https?://\S+")
@@ -94,8 +106,9 @@ def _get(ref: Any, *, what: str, deadline_s: float, left_s: float, knob: str) ->
         return ray.get(ref, timeout=left_s)
     except RayTaskError as error:  # first: Ray gives it the class of its cause as a second parent
         raise unwrap(error, what) from None
-    except RayActorError as error:
-        kind = ActorStartError if error.actor_init_failed else ActorLostError
+    except DEATHS as error:
+        at_start = isinstance(error, NO_START) or getattr(error, "actor_init_failed", False)
+        kind = ActorStartError if at_start else ActorLostError
         raise kind(f"{what}: its process died: {last_words(error)}") from error
     except ObjectLostError as error:
         raise lost(error, what) from error

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import ray
-from ray.exceptions import RayActorError
 
 from orchestrator.dispatch import Poisoned
+from orchestrator.remote import DEATHS
 from orchestrator.seeds import derive_seed
 from orchestrator.types import Completion, FinishReason, GenerationRequest, RolloutGroup, SamplingParams, ScoredGroup
 
@@ -182,7 +182,7 @@ class Rollouts:
         for ref in answered:
             try:
                 made = ray.get(ref)
-            except RayActorError:
+            except DEATHS:
                 continue  # the wave itself notices a dead actor; the progress bar need not
             completions, tokens = completions + made[0], tokens + made[1]
         return completions, tokens

@@ -45,6 +45,7 @@ class PooledJudge:
         name: what it is, for messages; each `ScoredGroup` carries the scorer's own name and version.
         pool: of `actors.scorer.ScorerActor`.
         deadline_s: seconds for one wave.
+        call_timeout_s: more for each completion of the longest share, where code of others may take so long; else 0.
         reliability: collects what it says; None for a rule, of whose word there is nothing to doubt.
         quarantined: prompts that were set aside, and why; those whose completions kill their scorers are added.
     """
@@ -55,12 +56,14 @@ class PooledJudge:
         pool: ActorPool[RolloutGroup, ScoredGroup],
         *,
         deadline_s: float,
+        call_timeout_s: float = 0.0,
         reliability: Reliability | None,
         quarantined: dict[str, str],
     ) -> None:
         self.name = name
         self._pool = pool
         self._deadline_s = deadline_s
+        self._call_timeout_s = call_timeout_s
         self._reliability = reliability
         self._quarantined = quarantined
 
@@ -70,7 +73,7 @@ class PooledJudge:
             lambda actor, share: actor.score.remote(share),
             groups,
             what=f"scoring {len(groups)} groups ({self.name})",
-            deadline_s=self._deadline_s,
+            deadline_s=self._deadline(groups),
             knob="scorer.deadline_s",
             keys=[group.prompt.id for group in groups],
         )
@@ -85,6 +88,13 @@ class PooledJudge:
     def metrics(self) -> Tally:
         """See `Judge.metrics`."""
         return Tally() if self._reliability is None else self._reliability.report()
+
+    def _deadline(self, groups: Sequence[RolloutGroup]) -> float:
+        """So late that calls which all hang cost their scores, and not the run."""
+        if not self._call_timeout_s:
+            return self._deadline_s
+        longest_share = -(-sum(len(group.completions) for group in groups) // max(1, len(self._pool.living)))
+        return self._deadline_s + self._call_timeout_s * longest_share
 
     def _set_aside(self, group: RolloutGroup, poisoned: Poisoned) -> ScoredGroup:
         reason = f"it killed {poisoned.deaths} scorers: {poisoned.last_words}"

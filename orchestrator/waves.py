@@ -152,6 +152,5 @@ class Waves:
             self._archive.seal(wave.iteration, files)
             self._accounts.wave_scored(wave.iteration, wave.number, collected.scored, outcome)
             self._accounts.accept_pairs(wave.iteration, wave.number, pairs)
-            for prompt, reason in self._quarantined.items():
-                self._accounts.quarantine(prompt, wave.iteration, reason)
+            self._accounts.quarantine(self._quarantined, wave.iteration)
         return pairs, tally, collected.tokens

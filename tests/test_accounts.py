@@ -139,9 +139,9 @@ def test_a_rolled_back_iteration_is_in_no_checkpoint(accounts, ledger):
 
 
 def test_quarantine_is_for_good_and_known_by_iteration(accounts):
-    accounts.quarantine("a", 1, "kills")
-    accounts.quarantine("b", 3, "kills too")
-    accounts.quarantine("a", 4, "again")
+    accounts.quarantine({"a": "kills"}, 1)
+    accounts.quarantine({"a": "kills", "b": "kills too"}, 3)
+    accounts.quarantine({"a": "again"}, 4)
     assert accounts.quarantined() == {"a": "kills", "b": "kills too"}
     assert accounts.quarantined(before=3) == {"a": "kills"}
     assert accounts.quarantined(before=1) == {}

@@ -99,6 +99,23 @@ def leave_a_step_out(run):
     sql(run, "UPDATE batches SET step = step + 1 WHERE step = (SELECT max(step) FROM batches)")
 
 
+def issue_no_wave(run):
+    """The first of iteration 2, of which then nothing else is missing."""
+    [(prompts,)] = sql(run, "SELECT prompts FROM waves WHERE iteration = 2 AND wave = 0")
+    for prompt in json.loads(prompts):
+        sql(run, "DELETE FROM groups WHERE iteration = 2 AND prompt = ?", (prompt,))
+    sql(run, "DELETE FROM waves WHERE iteration = 2 AND wave = 0")
+    rewrite(run, ROLLOUTS, lambda rows: [])
+
+
+def ask_the_same_prompts_again(run):
+    sql(run, "UPDATE iterations SET cursor = (SELECT cursor FROM iterations WHERE iteration = 1) WHERE iteration = 2")
+
+
+def train_a_batch_more_than_is_known(run):
+    sql(run, "UPDATE checkpoints SET batches = batches - 1 WHERE iteration = 3")
+
+
 def judge_a_group_twice(run):
     rewrite(run, ROLLOUTS, lambda rows: [*rows, *({**row, "group": 99} for row in rows if row["group"] == 0)])
 
@@ -128,6 +145,9 @@ def cut_a_checkpoint(run):
         (take_an_acknowledgement_back, "lost", "was never acknowledged"),
         (give_two_batches_one_step, "repeated", "was taken by 2 batches"),
         (leave_a_step_out, "lost", "was taken by no batch"),
+        (issue_no_wave, "lost", "iteration 2 asked for"),
+        (ask_the_same_prompts_again, "repeated", "the stream did not go on"),
+        (train_a_batch_more_than_is_known, "repeated", "contains (iteration, its batches, all batches)"),
         (judge_a_group_twice, "rejudged", "of iteration 2"),
         (sample_by_another_policy, "stale", "was not sampled by"),
     ],

@@ -135,7 +135,7 @@ def wave_of(prompts):
 def by_samples(folder, config, rollouts, judge, prompts):
     with Ledger(folder) as ledger:
         archive = Archive(folder, Accounts(ledger), ignore)
-        return SampleCollector(config, rollouts, judge, Store(folder), archive, ledger).collect(wave_of(prompts))
+        return SampleCollector(config, rollouts, judge, Store(folder), archive, ledger, {}).collect(wave_of(prompts))
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import ray
 from conf.compose import compose
 from learners.manifest import FileRecord, manifest_digest, write_manifest
 from orchestrator.accounts import Accounts, CheckpointRecord
-from orchestrator.errors import ActorLostError, ActorStartError, ModelError, PoolError
+from orchestrator.errors import ActorLostError, ActorStartError, DeadlineError, ModelError, PoolError
 from orchestrator.events import EventKind
 from orchestrator.learning import Learning
 from orchestrator.ledger import Ledger
@@ -30,6 +30,10 @@ class FakeLearner(Observable):
         name = os.path.basename(folder)
         if name == "damaged":
             raise ModelError("a file is cut.")
+        if name == "silent":
+            raise DeadlineError("nothing was read for an hour")
+        if name == "failing":
+            raise OSError(5, "Input/output error")
         self.holds = name
         return len(name)
 
@@ -164,6 +168,18 @@ def test_damaged_and_exchanged_checkpoints_are_gone_back_behind(parts):
     assert told[0].startswith("a file is cut. Going on from checkpoints/exchanged")
     assert "is another checkpoint than the one that was written there" in told[1]
     assert manifest_digest(first) == accounts.checkpoints()[0].digest
+
+
+@pytest.mark.parametrize(("name", "error"), [("silent", DeadlineError), ("failing", OSError)])
+def test_a_disk_that_does_not_answer_says_nothing_of_what_is_on_it(parts, name, error):
+    learning, accounts, events = parts
+    folders = [checkpoint(learning, accounts, each, number) for number, each in enumerate(("first", name), 1)]
+    with pytest.raises(error):
+        learning.restore()
+    learning.tidy()
+    assert [record.iteration for record in accounts.checkpoints()] == [1, 2]
+    assert all(folder.exists() for folder in folders)
+    assert events == []
 
 
 def test_what_is_given_up_is_in_nobody_s_hands(parts):

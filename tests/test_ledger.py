@@ -1,5 +1,6 @@
 """What the ledger says is finished is on disk, and can be read by others meanwhile."""
 
+import math
 import os
 import signal
 import sqlite3
@@ -101,6 +102,17 @@ def test_how_it_ended_is_forgotten_when_it_goes_on(ledger):
 def test_another_configuration_is_refused(ledger):
     with pytest.raises(ConfigError, match=r"hash abc; now xyz.*choose another run_dir"):
         ledger.begin(**RUN | {"config_hash": "xyz"})
+
+
+def test_figures_that_are_not_finite_are_left_out(ledger):
+    figures = {"kl": math.inf, "loss": math.nan, "pairs/kept": 2.0}
+    ledger.start_phase(1, "train")
+    ledger.finish_phase(1, "train", seconds=1.0, metrics=figures)
+    for number in (0, 1):
+        ledger.finish_iteration(number, version=V0, cursor=5, checkpoint=None, metrics=figures)
+    assert ledger.total("pairs/kept") == 4
+    assert ledger.total("kl") == 0
+    assert ledger.resume_point().metrics == ledger.finished_phase(1, "train").metrics == {"pairs/kept": 2.0}
 
 
 def test_bad_files_are_refused(tmp_path):

@@ -16,6 +16,7 @@ from orchestrator.pools import ActorPool
 from orchestrator.rollouts import Draw, Roles, Rollouts, make_requests, sampling_of
 from orchestrator.scoring import PooledTextModel
 from orchestrator.store import Store, read_rollouts
+from orchestrator.tally import Tally
 from orchestrator.types import Completion, FinishReason, Prompt, Score, ScoredGroup
 from tests.fakes import POISON, DyingEngine
 from tests.records import V1
@@ -117,6 +118,9 @@ class Strict:
             ScoredGroup(group=group, scores=tuple(map(self.value, group.completions)), scorer="strict@1")
             for group in groups
         ]
+
+    def metrics(self):
+        return Tally()
 
     def value(self, completion):
         aborted = completion.finish_reason is FinishReason.ABORTED

@@ -161,6 +161,22 @@ def test_an_actor_that_is_killed_as_it_starts_is_replaced(ray_cluster, tmp_path)
     assert work(pool, [3]) == squares([3])
 
 
+def test_one_that_is_killed_to_save_its_node_is_replaced(ray_cluster, tmp_path, monkeypatch):
+    pool, events = make_pool(tmp_path, 2)
+    get, killed = ray.get, []
+
+    def get_or_die(refs, **options):
+        if not killed and not options:  # as results are taken
+            killed.append(get(refs))
+            raise ray.exceptions.OutOfMemoryError("Task was killed due to the node running low on memory.")
+        return get(refs, **options)
+
+    monkeypatch.setattr(ray, "get", get_or_die)
+    assert work(pool, [1, 2]) == squares([1, 2])
+    assert [event.kind for event in events] == [EventKind.LOST, EventKind.REPLACED]
+    assert "running low on memory" in events[0].text
+
+
 def test_who_died_who_took_the_place_and_what_is_left_is_told(ray_cluster, tmp_path):
     pool, events = make_pool(tmp_path, 2)
     before = pool.slots[1].where

@@ -90,3 +90,14 @@ def test_a_function_that_was_changed_since(run_dir, monkeypatch, capsys, tmp_pat
     module.write_text("def f(prompt, completion, answer):\n    return 0.0\n")
     said = refused(run_dir, monkeypatch, capsys)
     assert "other content in the files that it names: prompts, rubrics, scorer.function" in said
+
+
+def test_a_prompt_that_moved_from_one_file_to_the_other_makes_another_run(tmp_path):
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    config = compose(["task=prompts", f"task.path={train}", f"task.test_path={test}"])
+    identities = set()
+    for cut in (1, 2):
+        train.write_text("".join(f'{{"prompt": "{number}"}}\n' for number in range(cut)))
+        test.write_text("".join(f'{{"prompt": "{number}"}}\n' for number in range(cut, 3)))
+        identities.add(_identity(config, None))
+    assert len(identities) == 2

@@ -73,6 +73,8 @@ def outcomes(scorer, *texts):
         ("class E(Exception): __str__ = lambda self: 1 / 0\n    raise E", "raised E, which raised ZeroDivisionError"),
         ("return 10**5000", "raised OverflowError"),
         ("return '1.0'", "no finite number"),
+        ("return 1e300", "beyond 1e+30"),
+        ("raise ValueError('half a pair: \\udcff')", "half a pair: \\udcff"),
         ("return 'x' * 10**6", "no finite number"),
         ("import os; [os.write(n, b'\\0\\0\\0\\x02{}' * 9) for n in range(3, 20) if w(n)]", "pipe that is not its own"),
         ("import os; [os.write(n, b'{' * 9) for n in range(3, 20) if w(n)]", "pipe that is not its own"),
@@ -102,6 +104,18 @@ def test_calls_share_a_process_until_one_ends_it(function):
     (a, _), (b, _), (c, why), (d, _), (e, _) = outcomes(scorer, "1", "2", "end", "3", "4")
     assert a == b != d == e
     assert (c, "exit code 3" in why) == (None, True)
+
+
+def test_a_function_is_another_when_any_file_of_its_package_is(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / "confined_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("from confined_package.inner import f\n")
+    names = []
+    for value in (1.0, -1.0):
+        (package / "inner.py").write_text(f"def f(prompt, completion, answer):\n    return {value}\n")
+        names.append(build_scorer(ScorerConfig(verifier="function", function="confined_package.f")).name)
+    assert names[0] != names[1]
 
 
 def test_a_function_that_changes_during_a_run_is_refused(function):
@@ -250,6 +264,12 @@ def test_only_tests_that_can_be_asked_make_a_score(judge):
     assert judge(RIGHT, finish=FinishReason.LENGTH) == (0.0, "the completion was cut off")
     value, reason = judge(RIGHT, tests="assert f(1 ==")
     assert (value, "the tests cannot be compiled: SyntaxError" in reason) == (None, True)
+
+
+@pytest.mark.timeout(20)
+def test_code_that_closes_its_pipes_and_stays_has_no_more_time_than_others(judge):
+    value, reason = judge("import os, time\nos.closerange(3, 200)\ntime.sleep(600)")
+    assert (value, reason) == (0.0, "the code closed the pipe that is not its own")
 
 
 def test_what_a_process_said_before_it_left_is_heard():

@@ -105,6 +105,11 @@ def test_math_is_not_held_up_by_a_number_beyond_computing(monkeypatch):
     assert values(build_scorer(ScorerConfig(verifier="math")), "$9^{9^{9^{9}}}$", answer="72") == [None]
 
 
+@pytest.mark.parametrize("answer", ["1/0", "\u0663", "9" * 4301])
+def test_math_abstains_where_it_fails_on_the_reference(answer):
+    assert values(build_scorer(ScorerConfig(verifier="math")), "so it is $7$", answer=answer) == [None]
+
+
 def test_math_does_not_judge_what_is_no_mathematics():
     scorer = build_scorer(ScorerConfig(verifier="math"))
     assert values(scorer, "Paris", "It is Paris.", "Rome", answer="Paris") == [1.0, None, None]

@@ -22,13 +22,14 @@ CONFIG = compose(["generator.samples_per_prompt=3", "pairing.max_pairs=1"])
 
 
 class Drawing:
-    """Rollouts whose completions depend on prompt and policy alone."""
+    """Rollouts whose completions depend on prompt and policy alone; as they are drawn, a prompt is set aside."""
 
-    def __init__(self):
-        self.drawn = []
+    def __init__(self, quarantined):
+        self.drawn, self.quarantined = [], quarantined
         self.policy = V1
 
     def sample(self, prompts, draws):
+        self.quarantined["task/9"] = "it kills"
         self.drawn.append([prompt.id for prompt in prompts])
         (draw,) = draws
         return [[self._group(prompt, draw) for prompt in prompts]]
@@ -67,10 +68,11 @@ class Process:
     """What one process has of a run folder."""
 
     def __init__(self, folder, ledger):
-        self.rollouts, self.judge, self.events = Drawing(), Judging(), []
         self.accounts, self.store = Accounts(ledger), Store(folder)
+        quarantined = dict(self.accounts.quarantined())
+        self.rollouts, self.judge, self.events = Drawing(quarantined), Judging(), []
         self.archive = Archive(folder, self.accounts, self.events.append)
-        collector = SampleCollector(CONFIG, self.rollouts, self.judge, self.store, self.archive, ledger)
+        collector = SampleCollector(CONFIG, self.rollouts, self.judge, self.store, self.archive, ledger, quarantined)
         self.waves = Waves(
             collector=collector,
             judge=self.judge,
@@ -79,7 +81,7 @@ class Process:
             archive=self.archive,
             ledger=ledger,
             accounts=self.accounts,
-            quarantined={"task/9": "it kills"},
+            quarantined=quarantined,
         )
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from orchestrator.types import RolloutGroup
 
 _WANTED = "scorer.function must be module.name of f(prompt, completion, answer) -> float | None"
+LARGEST = 1e30
+"""Scores beyond it are no scores: margins are float32, and so are sums of them."""
 _ABORTED = Score(value=None, reason="the completion was aborted")
 
 
@@ -106,6 +108,8 @@ class FunctionScorer:
 
 def _score(reply: dict[str, object]) -> Score:
     value = reply.get("value")
+    if isinstance(value, float) and abs(value) > LARGEST:  # not true of NaN
+        return Score(value=None, reason=f"the function returned {value:g}, beyond {LARGEST:g}")
     if isinstance(value, float) and math.isfinite(value):
         return Score(value=value)
     return Score(value=None, reason=str(reply.get("silent", "the function's process gave no usable reply")))

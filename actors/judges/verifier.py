@@ -117,3 +117,7 @@ def math_equal(text: str, answer: str) -> bool:
         return bool(verify(expected, found, timeout_seconds=limit, raise_on_error=True))
     except TimeoutException:
         raise Undecided(f"the comparison took over {MATH_TIMEOUT_S} s") from None
+    except Undecided:
+        raise
+    except Exception as error:
+        raise Undecided(f"math-verify fails on {answer!r}: {type(error).__name__}") from error

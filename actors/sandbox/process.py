@@ -42,6 +42,7 @@ _START = "import sys; sys.path.insert(0, sys.argv[1]); from actors.sandbox.worke
 _KEPT = ("PATH", "LD_LIBRARY_PATH")
 """Variables without which a Python may not start; neither holds secrets."""
 _KILL_DEADLINE_S = 30.0
+_LAST_MOMENT_S = 0.5
 _PREFIX = "agon-sandbox-"
 _ABANDONED_S = 60.0
 """A folder is locked by then, if its owner lives."""
@@ -133,7 +134,7 @@ class Confined:
             self._wait(self._replies, select.POLLIN, deadline)
             data = os.read(self._replies, MAX_REPLY_BYTES)
             if not data:
-                raise self._ended()
+                raise self._ended(deadline)
             self._read += data
         size = 4 + self._length()
         body = bytes(self._read[4:size])
@@ -144,7 +145,7 @@ class Confined:
             message = None
         if not isinstance(message, dict):
             raise self.stop(FORGED)
-        return message
+        return {key: _writable(value) for key, value in message.items()}
 
     def stop(self, why: str) -> Stopped:
         """Kills the process; what is to be raised for it."""
@@ -168,15 +169,20 @@ class Confined:
             if time.monotonic() >= deadline:
                 raise self.stop("ran out of time")
 
-    def _ended(self) -> Stopped:
-        """Why it ended by itself."""
+    def _ended(self, deadline: float) -> Stopped:
+        """Why it ended by itself; it closes its pipes a moment before it has ended."""
         try:
-            code = self._process.wait(_KILL_DEADLINE_S)
+            code = self._process.wait(max(_LAST_MOMENT_S, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             return self.stop("closed the pipe that is not its own")
         if code == -signal.SIGXCPU:
             return self.stop("ran out of processor time")
         return self.stop(f"was ended by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}")
+
+
+def _writable(value: Any) -> Any:
+    """Text without halves of surrogate pairs, which no file takes."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def new_token() -> str:

@@ -82,8 +82,7 @@ def _serve(channel: Channel, dotted: str, cpu_s: int) -> NoReturn:
 
 
 def _load(module_name: str, name: str) -> tuple[Callable[..., Any], str]:
-    """The function and the digest of its file. Raises LookupError saying what is wrong."""
-    import hashlib
+    """The function and the digest of the files of its package. Raises LookupError saying what is wrong."""
     import importlib
     import inspect
 
@@ -101,8 +100,19 @@ def _load(module_name: str, name: str) -> tuple[Callable[..., Any], str]:
         inspect.signature(function).bind("prompt", "completion", "answer")
     except TypeError as error:
         raise LookupError(f"{module_name}.{name} does not take these three arguments: {error}.") from error
-    source = Path(module.__file__).read_bytes() if module.__file__ else b""
-    return function, hashlib.blake2b(source, digest_size=4).hexdigest()
+    return function, _version(module_name.partition(".")[0])
+
+
+def _version(package: str) -> str:
+    """Of the files of all modules that were loaded of a package; the function may be made of any of them."""
+    import hashlib
+
+    digest = hashlib.blake2b(digest_size=4)
+    for name, module in sorted(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file and (name == package or name.startswith(f"{package}.")):
+            digest.update(hashlib.blake2b(Path(file).read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def _call(function: Callable[..., Any], arguments: list[str | None]) -> dict[str, Any]:

@@ -146,6 +146,9 @@ def _outcome(cells: Sequence[Cell], run_dir: Path, chaos: Path, code: int, expec
         recovered.append(_recovered(cell, events, died) - died)
         if math.isnan(recovered[-1]) and (cell.point not in LATE or cell.role == "controller"):
             findings.append(f"{cell}: nobody took its place")
+    lost = sum(event["kind"] == EventKind.LOST for event in events)
+    if lost > len(cells) and all(cell.role != "node" for cell in cells):
+        findings.append(f"{lost} died where {len(cells)} were killed")
     found = audit(run_dir)
     findings += found.findings
     if not code and products(run_dir) != expected:

@@ -125,11 +125,19 @@ def soak(folder: Path, *, minutes: float, engine: str, seed: int) -> int:
     settings |= {f"{section}__restarts": 100_000 for section in ("generator", "scorer", "learner")}
     process = start(["run", *overrides(folder, run_dir, engine=engine, **settings)], chaos)
     shared = psutil.disk_usage("/dev/shm").used
-    kills, lives, end = 0, [[]], time.monotonic() + minutes * 60
+    kills, lives, wrong, end = 0, [[]], list[str](), time.monotonic() + minutes * 60
+    done, moved = 0, time.monotonic()
     while time.monotonic() < end:
         with suppress(subprocess.TimeoutExpired):
             process.wait(60)
+        if stages(run_dir) > done:
+            done, moved = stages(run_dir), time.monotonic()
+        elif time.monotonic() - moved > DEADLINE_S:
+            wrong.append(f"no stage was begun for {DEADLINE_S:g} s after {done}")
+            break
         if process.poll() is not None:
+            if process.returncode != -signal.SIGKILL:
+                wrong.append(f"the controller ended with code {process.returncode}")
             process = start(["run", "--resume", str(run_dir)], chaos)
             lives.append([])
             continue
@@ -146,17 +154,20 @@ def soak(folder: Path, *, minutes: float, engine: str, seed: int) -> int:
     living = psutil.process_iter(["cmdline"])
     left = [process.pid for process in living if str(run_dir) in " ".join(process.info["cmdline"] or [])]
     found = audit(run_dir)
-    stopped = [event["text"] for event in read_events(run_dir) if event["kind"] == EventKind.STOPPED]
+    wrong += found.findings
+    wrong += [event["text"] for event in read_events(run_dir) if event["kind"] == EventKind.STOPPED]
+    if kills < minutes / 2:
+        wrong.append(f"only {kills} were killed")
+    if left or code != 130:
+        wrong.append(f"{len(left)} processes are left, exit code {code}")
     (folder / "soak.json").write_text(json.dumps([[asdict(sample) for sample in life] for life in lives]))
     print(found)
     for name in ("controller_mib", "queue_mib", "descriptors", "processes", "shared_mib"):
         print(f"{name}: {describe(lives, name)}")
-    for text in stopped:
+    for text in wrong:
         print(text)
-    print(
-        f"soak: {minutes:g} minutes, {kills} kills, {len(stopped)} stops, exit code {code}, {len(left)} processes left"
-    )
-    return int(bool(found.findings or stopped or left or code != 130))
+    print(f"soak: {minutes:g} minutes, {kills} kills, {done} stages, {len(wrong)} findings")
+    return int(bool(wrong))
 
 
 def measure(pid: int, chaos: Path, shared: int) -> Sample:
