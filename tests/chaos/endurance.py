@@ -74,7 +74,8 @@ def kill_controller(folder: Path, *, kills: int, engine: str, seed: int) -> int:
     Each process gets on average half its share of the run's work, so that there is work left for the last one.
     """
     lots = random.Random(seed)
-    settings = {**SETTINGS, "pipeline__iterations": kills * ITERATIONS_A_KILL}
+    # Weights move, and yet there is something to learn to the end.
+    settings = {**SETTINGS, "pipeline__iterations": kills * ITERATIONS_A_KILL, "learner__lr": 1e-5}
     run_dir, chaos, whole = folder / "killed", folder / "killed.chaos", folder / "whole"
     chaos.mkdir(parents=True)
     start(["run", *overrides(folder, whole, engine=engine, **settings)], chaos).wait(DEADLINE_S)
