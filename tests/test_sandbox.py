@@ -76,8 +76,8 @@ def outcomes(scorer, *texts):
         ("return 1e300", "beyond 1e+30"),
         ("raise ValueError('half a pair: \\udcff')", "half a pair: \\udcff"),
         ("return 'x' * 10**6", "no finite number"),
-        ("import os; [os.write(n, b'\\0\\0\\0\\x02{}' * 9) for n in range(3, 20) if w(n)]", "pipe that is not its own"),
-        ("import os; [os.write(n, b'{' * 9) for n in range(3, 20) if w(n)]", "pipe that is not its own"),
+        ("import os; [os.write(n, b'\\0\\0\\0\\x02{}' * 9) for n in range(3, 999) if w(n)]", "pipe that is not its own"),
+        ("import os; [os.write(n, b'{' * 9) for n in range(3, 999) if w(n)]", "pipe that is not its own"),
     ],
 )
 def test_a_function_that_goes_astray_costs_one_score(function, bad, words):
@@ -177,7 +177,7 @@ f = int
 GUESS = """
 import os
 def f(x):
-    for n in range(3, 20):
+    for n in range(3, 999):
         try:
             os.write(n, b'\\0\\0\\0\\x0e{"token": "x"}')
         except OSError:
@@ -194,7 +194,7 @@ ATTACKS = {
     "skips asserts by tracing": (SKIP_ASSERTS, "AssertionError"),
     "patches builtins": ("import builtins as b\nb.compile = b.exec = b.len = lambda *a: 2\nf = int", "AssertionError"),
     "patches AssertionError": ("import builtins\nclass A(Exception): pass\nbuiltins.AssertionError = A\nf = int", ""),
-    "closes everything": ("import os\nos.closerange(0, 99)\ndef f(x): return x + 1", "exit code"),
+    "closes everything": ("import os\nos.closerange(0, 999)\ndef f(x): return x + 1", "exit code"),
     "loops": ("while True: pass", "ran out of"),
     "hogs memory": ("x = [0] * (1 << 40)", "MemoryError"),
     "hogs memory slowly": ("x = []\nwhile True: x.append(bytes(1 << 20))", "MemoryError"),
@@ -268,7 +268,7 @@ def test_only_tests_that_can_be_asked_make_a_score(judge):
 
 @pytest.mark.timeout(20)
 def test_code_that_closes_its_pipes_and_stays_has_no_more_time_than_others(judge):
-    value, reason = judge("import os, time\nos.closerange(3, 200)\ntime.sleep(600)")
+    value, reason = judge("import os, time\nos.closerange(3, 999)\ntime.sleep(600)")
     assert (value, reason) == (0.0, "the code closed the pipe that is not its own")
 
 
