@@ -76,7 +76,10 @@ def outcomes(scorer, *texts):
         ("return 1e300", "beyond 1e+30"),
         ("raise ValueError('half a pair: \\udcff')", "half a pair: \\udcff"),
         ("return 'x' * 10**6", "no finite number"),
-        ("import os; [os.write(n, b'\\0\\0\\0\\x02{}' * 9) for n in range(3, 999) if w(n)]", "pipe that is not its own"),
+        (
+            "import os; [os.write(n, b'\\0\\0\\0\\x02{}' * 9) for n in range(3, 999) if w(n)]",
+            "pipe that is not its own",
+        ),
         ("import os; [os.write(n, b'{' * 9) for n in range(3, 999) if w(n)]", "pipe that is not its own"),
     ],
 )

@@ -27,7 +27,7 @@ from launch.audit import audit
 from orchestrator.events import EventKind, read_events
 from orchestrator.ledger import LedgerReader
 from tests.chaos.cells import SETTINGS, VICTIM, products
-from tests.chaos.saboteur import FOLDER, kill
+from tests.chaos.saboteur import FOLDER, kill, living
 from tests.runs import overrides
 
 DEADLINE_S = 900.0
@@ -174,14 +174,14 @@ def soak(folder: Path, *, minutes: float, engine: str, seed: int) -> int:
 def measure(pid: int, chaos: Path, shared: int) -> Sample:
     """Looks at the controller, its queue and what they hold."""
     controller = psutil.Process(pid)
-    alive = []
-    for path in (chaos / "pids").glob("queue_*"):
-        with suppress(psutil.NoSuchProcess):  # and those that have just died
-            alive.append(psutil.Process(int(path.name.rsplit("_", 1)[1])).memory_info().rss)
+    queues = []
+    for queue in living("queue", chaos):
+        with suppress(psutil.NoSuchProcess):  # one that has just died
+            queues.append(queue.memory_info().rss)
     return Sample(
         seconds=time.monotonic(),
         controller_mib=controller.memory_info().rss / 2**20,
-        queue_mib=max(alive, default=0) / 2**20,
+        queue_mib=max(queues, default=0) / 2**20,
         descriptors=controller.num_fds(),
         processes=len(controller.children(recursive=True)),
         shared_mib=(psutil.disk_usage("/dev/shm").used - shared) / 2**20,

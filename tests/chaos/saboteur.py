@@ -5,17 +5,18 @@ A folder (`AGON_CHAOS`) says what is to happen, so that all processes of a run a
     armed/    {"point": "optimizer step", "role": "generator", "visit": 2}, a file each; whoever comes to the point for
               the visit-th time in its process takes the file away, so that it happens once, and kills the role
     fired/    when that was, and which process died, in a file of the same name
-    pids/     one empty file a process, <role>-<name>-<pid>; raylets among them where the run has nodes
+    pids/     one file a process, <role>_<name>_<pid>, with the time at which it began, since numbers are given anew;
+              raylets among them where the run has nodes
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -31,7 +32,8 @@ def register(role: str, name: str = "", pid: int | None = None) -> None:
     """Notes a process, this one if no other is named, as one of a role."""
     folder = Path(os.environ[FOLDER]) / "pids"
     folder.mkdir(exist_ok=True)
-    (folder / f"{role}_{name}_{pid or os.getpid()}").touch()
+    pid = pid or os.getpid()
+    (folder / f"{role}_{name}_{pid}").write_text(repr(psutil.Process(pid).create_time()))
 
 
 def strike(point: str, *, delay_s: float = 0.0) -> None:
@@ -54,20 +56,26 @@ def strike(point: str, *, delay_s: float = 0.0) -> None:
 
 def kill(role: str, folder: Path, name: str) -> None:
     """Kills the newest living process of a role and notes it under a name."""
-    victims = [pid for pid in _pids(folder, role) if psutil.pid_exists(pid)]
+    victims = living(role, folder)
     if role == "node":
         victims.sort(key=_num_children)  # the one that has most of the actors dies
     if not victims:
         raise RuntimeError(f"nobody of role {role} lives")
     (folder / "fired").mkdir(exist_ok=True)
-    (folder / "fired" / name).write_text(json.dumps({"role": role, "pid": victims[-1], "time": time.time()}))
-    os.kill(victims[-1], signal.SIGKILL)
+    (folder / "fired" / name).write_text(json.dumps({"role": role, "pid": victims[-1].pid, "time": time.time()}))
+    victims[-1].kill()
 
 
-def _num_children(pid: int) -> int:
-    return sum("ray::" in " ".join(child.cmdline()) for child in psutil.Process(pid).children())
+def living(role: str, folder: Path) -> list[psutil.Process]:
+    """The processes of a role that live, the newest last."""
+    found = []
+    for path in sorted((folder / "pids").glob(f"{role}_*"), key=lambda path: path.stat().st_mtime_ns):
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(int(path.name.rsplit("_", 1)[1]))
+            if repr(process.create_time()) == path.read_text():
+                found.append(process)
+    return found
 
 
-def _pids(folder: Path, role: str) -> list[int]:
-    found = [path for path in (folder / "pids").iterdir() if path.name.split("_")[0] == role]
-    return [int(path.name.rsplit("_", 1)[1]) for path in sorted(found, key=lambda path: path.stat().st_mtime_ns)]
+def _num_children(process: psutil.Process) -> int:
+    return sum("ray::" in " ".join(child.cmdline()) for child in process.children())
