@@ -174,10 +174,8 @@ class PooledTextModel:
 
     def logprobs(self, sequences: Sequence[tuple[Tokens, Tokens]]) -> list[NDArray[np.float32]]:
         """See `TextModel.logprobs`."""
-        whole, questions = (
-            [prompt + completion for prompt, completion in sequences],
-            [prompt for prompt, _ in sequences],
-        )
+        whole = [prompt + completion for prompt, completion in sequences]
+        questions = [prompt for prompt, _ in sequences]
         scored = self._map("score", whole, f"scoring {len(whole)} sequences", questions)
         return [
             np.full(len(completion), np.nan, np.float32) if isinstance(values, Poisoned) else values[len(prompt) - 1 :]

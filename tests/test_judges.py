@@ -310,6 +310,25 @@ def test_scorers_behind_actors_report_what_other_judges_do():
     assert metrics(None) == ({}, {})
 
 
+def test_calls_that_all_hang_are_waited_for():
+    """Of 5 completions on two scorers one has 3, which may take 10 s each."""
+    groups, asked = [group_of("a", "b", "c"), group_of("d", "e")], []
+
+    class Pool:
+        living = ("one", "two")
+
+        def map(self, call, work, *, deadline_s, **_):
+            asked.append(deadline_s)
+            return [scores_of(group, *range(len(group.completions))) for group in work]
+
+    for call_timeout_s in (10.0, 0.0):
+        judge = PooledJudge(
+            "verifier", Pool(), deadline_s=120, call_timeout_s=call_timeout_s, reliability=None, quarantined={}
+        )
+        judge.score(groups)
+    assert asked == [150, 120]
+
+
 def test_groups_that_kill_their_scorers_are_abstained_on():
     groups = [group_of("a", "b"), group_of("c", "d")]
     fine = scores_of(groups[1], 1, 0)

@@ -113,6 +113,8 @@ class Pool:
 class Strict:
     """Gives 1 to everything but what was aborted."""
 
+    reports = 0
+
     def score(self, groups):
         return [
             ScoredGroup(group=group, scores=tuple(map(self.value, group.completions)), scorer="strict@1")
@@ -120,6 +122,7 @@ class Strict:
         ]
 
     def metrics(self):
+        self.reports += 1
         return Tally()
 
     def value(self, completion):
@@ -130,7 +133,9 @@ class Strict:
 def test_what_was_set_aside_counts_as_not_solved_and_is_kept_with_the_reason(tmp_path):
     roles = Roles(generators=Pool(), scorers={}, judges=None, learner=None)
     rollouts = Rollouts(roles, CONFIG, Quiet(), quarantined={})
-    found = evaluate(rollouts, Strict(), prompts(poisoned=5), CONFIG, 1)
+    examiner = Strict()
+    found = evaluate(rollouts, examiner, prompts(poisoned=5), CONFIG, 1)
+    assert examiner.reports == 1, "else what it says here would be told of the training data"
     assert (found.greedy.value, found.sampled.value, found.greedy.n) == (7 / 8, 7 / 8, 8)
     assert (found.abstained, found.tokens) == (2, 2 * 7 * 2)
     assert [prompt.id for prompt, _ in found.sampled_completions] == ["p0", "p1", "p2", "p3", "p4", "p6", "p7"]

@@ -119,5 +119,5 @@ def math_equal(text: str, answer: str) -> bool:
         raise Undecided(f"the comparison took over {MATH_TIMEOUT_S} s") from None
     except Undecided:
         raise
-    except Exception as error:
+    except Exception as error:  # SymPy raises what it likes on what others wrote
         raise Undecided(f"math-verify fails on {answer!r}: {type(error).__name__}") from error

@@ -145,15 +145,15 @@ def soak(folder: Path, *, minutes: float, engine: str, seed: int) -> int:
         lives[-1].append(measure(process.pid, chaos, shared))
         # A controller dies seldom, so that there is something to see between its deaths.
         role = "controller" if kills % CONTROLLER_LIFE == CONTROLLER_LIFE - 1 else lots.choice(SOAK_ROLES)
-        with suppress(RuntimeError, ProcessLookupError):
+        with suppress(RuntimeError, psutil.NoSuchProcess):
             kill(role, chaos, str(kills))
             kills += 1
         print(f"{role:<10} killed; {lives[-1][-1]}, {stages(run_dir)} stages", flush=True)
     process.send_signal(signal.SIGINT)
     code = process.wait(120)
     time.sleep(10)
-    living = psutil.process_iter(["cmdline"])
-    left = [process.pid for process in living if str(run_dir) in " ".join(process.info["cmdline"] or [])]
+    every = psutil.process_iter(["cmdline"])
+    left = [process.pid for process in every if str(run_dir) in " ".join(process.info["cmdline"] or [])]
     found = audit(run_dir)
     wrong += found.findings
     wrong += [event["text"] for event in read_events(run_dir) if event["kind"] == EventKind.STOPPED]

@@ -25,6 +25,9 @@ FOLDER = "AGON_CHAOS"
 POINTS = ("collecting", "scoring", "packing", "optimizer step", "checkpoint", "publication", "evaluating")
 ROLES = ("generator", "judge", "queue", "learner", "controller", "node")
 
+SAME_BIRTH_S = 5.0
+"""Two processes read the time of a third's birth off clocks that may have been set meanwhile."""
+
 _visits: Counter[str] = Counter()
 
 
@@ -33,7 +36,7 @@ def register(role: str, name: str = "", pid: int | None = None) -> None:
     folder = Path(os.environ[FOLDER]) / "pids"
     folder.mkdir(exist_ok=True)
     pid = pid or os.getpid()
-    (folder / f"{role}_{name}_{pid}").write_text(repr(psutil.Process(pid).create_time()))
+    (folder / f"{role}_{name}_{pid}").write_text(str(psutil.Process(pid).create_time()))
 
 
 def strike(point: str, *, delay_s: float = 0.0) -> None:
@@ -72,7 +75,8 @@ def living(role: str, folder: Path) -> list[psutil.Process]:
     for path in sorted((folder / "pids").glob(f"{role}_*"), key=lambda path: path.stat().st_mtime_ns):
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(int(path.name.rsplit("_", 1)[1]))
-            if repr(process.create_time()) == path.read_text():
+            noted = float(path.read_text() or 0)  # empty where it is just being written
+            if abs(process.create_time() - noted) < SAME_BIRTH_S and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
 
