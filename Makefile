@@ -27,8 +27,8 @@ $(READY): pyproject.toml requirements/dev.txt
 		|| { echo "agon needs Python 3.11 or newer; found $$($(PYTHON) --version). Try: make PYTHON=python3.12 ..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@test -x $(UV) || $(BIN)/python -m pip install --quiet uv
-	@echo "installing into .venv (about 3.6 GB, once)"
-	@$(UV) pip install --quiet --python $(BIN)/python $(TORCH_FROM) -r requirements/dev.txt
+	@echo "installing into .venv (about 4 GB, once)"
+	@$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python $(TORCH_FROM) -r requirements/dev.txt
 	@$(UV) pip install --quiet --python $(BIN)/python --no-deps -e .
 	@touch $@
 

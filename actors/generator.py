@@ -13,6 +13,7 @@ from actors.vllm_transfer import WeightReceiver
 from orchestrator.errors import PublicationError
 from orchestrator.remote import fetch
 from orchestrator.stacks import Observable
+from orchestrator.startup import uncollected
 from orchestrator.weights import Publication, install
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ class Generator(Observable):
         self, name: str, kind: str, engine_options: dict[str, Any], fixed_version: PolicyVersion | None = None
     ) -> None:
         self.name = name
-        self._loop = EngineLoop(build_engine(kind, **engine_options), on_failure=_die)
+        with uncollected():
+            engine = build_engine(kind, **engine_options)
+        self._loop = EngineLoop(engine, on_failure=_die)
         self._loop.version = fixed_version
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:

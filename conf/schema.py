@@ -349,6 +349,13 @@ class ReferenceConfig:
         choices=("previous", "initial", "ema", "none"),
     )
     ema_decay: float = knob(0.4, "share of the old average kept at each iteration (kind=ema)", low=0, high=1)
+    logprobs: str = knob(
+        "auto",
+        "sampled: those that generators noted as they sampled, where the reference is what sampled, which saves a "
+        "forward pass; learner: computed by the learner; auto: sampled in float32, learner in bfloat16, where two "
+        "engines round a token's log-prob 0.1 nats apart",
+        choices=("auto", "sampled", "learner"),
+    )
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from actors.vllm_transfer import WeightSender
 from orchestrator.errors import DeadlineError, TrainingError
 from orchestrator.remote import fetch
 from orchestrator.stacks import Observable
+from orchestrator.startup import uncollected
 from orchestrator.weights import Probe, Publication, checksums, pack, version_of
 
 if TYPE_CHECKING:
@@ -50,8 +51,9 @@ class Learner(Observable):
         seed: int,
     ) -> None:
         # Here, since the controller, which has to know this class, needs nothing of them.
-        from learners.saving import Saver
-        from learners.trainer import Trainer
+        with uncollected():
+            from learners.saving import Saver
+            from learners.trainer import Trainer
 
         self._busy = threading.Lock()
         self._steps_done = 0

@@ -138,7 +138,12 @@ class Trainer:
         return self.batches_done
 
     def annotate(self, batch: PreferenceBatch) -> PreferenceBatch:
-        """The batch with the reference's log-probs: computed in micro-batches once, remembered for later epochs."""
+        """The batch with the reference's log-probs: computed in micro-batches once, remembered for later epochs.
+
+        A batch that came with them is returned as it is.
+        """
+        if batch.reference_logprobs is not None:
+            return batch
         annotated, tokens = within_memory(
             lambda tokens: self._reference_logprobs.annotate(batch, tokens), batch, self._micro_batch_tokens
         )

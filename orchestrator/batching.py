@@ -83,9 +83,14 @@ def batches(
 
 
 def pack(
-    pairs: Sequence[PreferencePair], *, number: int = 0, mismatched: bool = False, include_prompt: bool = False
+    pairs: Sequence[PreferencePair],
+    *,
+    number: int = 0,
+    mismatched: bool = False,
+    include_prompt: bool = False,
+    sampled_reference: bool = False,
 ) -> PreferenceBatch:
-    """Pack pairs into one batch, without reference log-probs. Groups come in the order their prompts first appear.
+    """Pack pairs into one batch. Groups come in the order their prompts first appear.
 
     Args:
         pairs: at least one, all of the same iteration and loss reference; their order is kept.
@@ -94,6 +99,8 @@ def pack(
             after the last); nothing is added to a batch of a single prompt.
         include_prompt: count the prompt's tokens, all but the first, as tokens of the completions, so that they are
             scored. Nothing is shared then.
+        sampled_reference: where the reference sampled every completion and nothing else is scored, its log-probs are
+            those noted then; otherwise, or where False, the batch has none yet.
 
     Raises:
         ValueError: no pairs, an empty prompt or completion, token weights of another length than their completion, or
@@ -117,6 +124,7 @@ def pack(
     if include_prompt:
         sequences = [(prompt[:1], prompt[1:] + completion) for prompt, completion in sequences]
     columns, index = _columns(sequences)
+    as_sampled = sampled_reference and not include_prompt and len(sequences) == sides
     return PreferenceBatch(
         tokens=columns.tokens,
         prompt_starts=columns.prompt_starts,
@@ -136,12 +144,28 @@ def pack(
         mismatched=index[sides:],
         chosen_token_weights=_token_weights(pairs, "chosen", include_prompt),
         rejected_token_weights=_token_weights(pairs, "rejected", include_prompt),
-        reference_logprobs=None,
+        reference_logprobs=_as_sampled(pairs, index) if as_sampled else None,
         pair_ids=tuple(pair.id for pair in pairs),
         reference=first.reference,
         iteration=first.iteration,
         number=number,
     )
+
+
+def _as_sampled(pairs: Sequence[PreferencePair], index: NDArray[np.int32]) -> NDArray[np.float32] | None:
+    """[C] log-probs of the completions as sampled; None where one was sampled by another policy than the reference.
+
+    Args:
+        pairs: of the batch.
+        index: [2 P] the number of each pair's chosen and rejected completion.
+    """
+    found: dict[int, tuple[float, ...]] = {}
+    sides = ((pair, completion) for pair in pairs for completion in (pair.chosen, pair.rejected))
+    for number, (pair, completion) in zip(index.tolist(), sides, strict=True):
+        if completion.policy != pair.reference or len(completion.logprobs) != len(completion.token_ids):
+            return None
+        found.setdefault(number, completion.logprobs)
+    return np.fromiter(chain.from_iterable(found[number] for number in sorted(found)), np.float32)
 
 
 def _mismatched(sequences: Sequence[tuple[Tokens, Tokens]]) -> list[tuple[Tokens, Tokens]]:

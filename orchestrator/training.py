@@ -73,6 +73,8 @@ class Training:
         self._store = store
         self._tracker = tracker
         self._emit = emit
+        asked = config.reference.logprobs
+        self._sampled_reference = asked == "sampled" or (asked == "auto" and config.model.dtype == "float32")
 
     def run(self, iteration: int, pairs: Sequence[PreferencePair]) -> list[UpdateResult]:
         """Trains on the pairs of an iteration, and returns once all of it is on disk.
@@ -148,7 +150,11 @@ class Training:
         mismatched = OBJECTIVES[loss.name].mismatched
         for number in range(start, end):
             packed = batching.pack(
-                batches[number], number=number, mismatched=mismatched, include_prompt=loss.include_prompt
+                batches[number],
+                number=number,
+                mismatched=mismatched,
+                include_prompt=loss.include_prompt,
+                sampled_reference=self._sampled_reference,
             )
             self._accounts.issue_batch(iteration, number)
             reference, give_up_at = ray.put(packed), time.monotonic() + deadline_s

@@ -245,7 +245,8 @@ class PreferenceBatch:
     rejected_token_weights: NDArray[np.float32] | None
     """The same of rejected."""
     reference_logprobs: NDArray[np.float32] | None
-    """[C] log-prob of each completion token under the reference, completions in order; None until annotated."""
+    """[C] log-prob of each completion token under the reference, completions in order: as sampled, where the
+    reference is what sampled them, else from the learner's forward pass; None until then."""
     pair_ids: tuple[str, ...]
     """[P]"""
     reference: PolicyVersion

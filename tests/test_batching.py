@@ -105,6 +105,28 @@ def test_pack_keeps_every_pair_and_stores_each_sequence_once(pairs):
     assert (np.diff(batch.completion_groups) >= 0).all()
 
 
+@given(pair_lists(), st.data())
+def test_log_probs_as_sampled_are_the_reference_where_it_sampled_everything(pairs, data):
+    def noted(side):
+        return replace(side, logprobs=tuple(data.draw(st.sampled_from([-0.5, -1.5, -2.5])) for _ in side.token_ids))
+
+    pairs = [replace(pair, chosen=noted(pair.chosen), rejected=noted(pair.rejected)) for pair in pairs]
+    assert pack(pairs).reference_logprobs is None
+    batch = pack(pairs, sampled_reference=True)
+    if any(side.policy != REFERENCE for pair in pairs for side in (pair.chosen, pair.rejected)):
+        assert batch.reference_logprobs is None
+        return
+    known = {}
+    for pair in pairs:
+        for side in (pair.chosen, pair.rejected):
+            known.setdefault((pair.prompt.token_ids, side.token_ids), set()).add(side.logprobs)
+    for prompt, tokens, logprobs in (side for facts in unpacked(batch).values() for side in facts[:2]):
+        assert logprobs in known[prompt, tokens]
+    assert pack(pairs, sampled_reference=True, include_prompt=True).reference_logprobs is None
+    mismatched = pack(pairs, sampled_reference=True, mismatched=True)
+    assert (mismatched.reference_logprobs is None) == (len(mismatched.mismatched) > 0)
+
+
 @given(pair_lists(), st.integers(1, 60))
 def test_split_loses_no_pair_and_respects_the_bound(pairs, max_tokens):
     batch = annotated(pack(pairs))

@@ -29,7 +29,7 @@ LAYERS = [
         "transports",
         [
             *("orchestrator.remote", "orchestrator.queues", "orchestrator.pools", "orchestrator.weights"),
-            *("orchestrator.dispatch", "orchestrator.slots", "orchestrator.stacks"),
+            *("orchestrator.dispatch", "orchestrator.slots", "orchestrator.stacks", "orchestrator.startup"),
             *("orchestrator.store", "orchestrator.ledger", "orchestrator.tracking", "orchestrator.summary"),
             *("orchestrator.accounts", "orchestrator.archive"),
         ],

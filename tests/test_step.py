@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -202,6 +204,17 @@ def test_annotation_is_the_reference_not_the_policy(model_dir):
     train(trainer, 2)
     assert np.array_equal(trainer.annotate(batch).reference_logprobs, before)
     assert not np.allclose(trainer.policy(batch).detach().cpu().numpy(), before, atol=1e-2)
+
+
+def test_log_probs_that_were_sampled_are_not_computed_again(model_dir, monkeypatch):
+    trainer = make_trainer(model_dir)
+    monkeypatch.setattr(trainer.reference, "logprobs", None)
+    pairs = [replace(pair, reference=pair.chosen.policy) for pair in make_pairs(3)]
+    batch = pack(pairs, sampled_reference=True)
+    assert trainer.annotate(batch) is batch
+    expected = sum(pair.chosen.logprobs[0] for pair in pairs)
+    assert trainer.update(batch).metrics["loss"] < float("inf")
+    assert sum(_pieces(batch)[index][0] for index in batch.chosen) == pytest.approx(expected)
 
 
 def test_the_reference_scores_each_completion_once_an_iteration(model_dir, monkeypatch):
