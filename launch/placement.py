@@ -84,6 +84,8 @@ def _init_ray(config: Config) -> None:
         num_cpus=cores,
         object_store_memory=cluster.object_store_mb << 20,
         include_dashboard=False,
+        # Nobody reads what Ray notes of every call for its dashboard, and a controller holds up to 100,000 of them.
+        _system_config={"task_events_report_interval_ms": 0},
         **quiet,
     )
 
