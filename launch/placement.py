@@ -32,6 +32,13 @@ if TYPE_CHECKING:
 
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
+_KEEPS_MEMORY = {
+    **dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(1 << 30)),
+    "MALLOC_ARENA_MAX": "1",  # an actor's calls run in threads, whose own arenas hold no more than 64 MiB
+}
+"""For glibc: a step's large temporaries stay with the process. Given back to the system and cleared anew each time they
+cost a tenth to a third of the step."""
+
 
 def start_ray(config: Config) -> None:
     """Joins the cluster at `cluster.address`, or starts a Ray of this run's own on this machine.
@@ -207,11 +214,11 @@ def start_learner(
         seeds: seed data that the learner replays.
     """
     learner = config.learner
+    environment = _environment(learner.num_threads)
+    if not learner.gpus:
+        environment["env_vars"] |= _KEEPS_MEMORY
     actor = ray.remote(Learner).options(
-        num_cpus=learner.cpus,
-        num_gpus=learner.gpus,
-        max_concurrency=4,
-        runtime_env=_environment(learner.num_threads),
+        num_cpus=learner.cpus, num_gpus=learner.gpus, max_concurrency=4, runtime_env=environment
     )
     return actor.remote(
         model_dir=model_dir,

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from learners.packed import run_base_model
+from learners.packed import can_share, run_base_model
 from orchestrator.batching import pack_sequences
 from orchestrator.errors import ModelError
 
@@ -163,7 +163,7 @@ def completion_indices(columns: PackedColumns) -> tuple[np.ndarray, np.ndarray]:
 
 
 def token_logprobs(
-    model: nn.Module, columns: PackedColumns, *, vocab_chunk: int, collision: bool = False
+    model: nn.Module, columns: PackedColumns, *, vocab_chunk: int, collision: bool = False, share: bool | None = None
 ) -> TokenScores:
     """Scores of each completion token; differentiable.
 
@@ -172,6 +172,7 @@ def token_logprobs(
         columns: the packed tokens; completions in order.
         vocab_chunk: columns of the vocabulary whose logits exist at once.
         collision: give `TokenScores.log_collision` too.
+        share: see `run_base_model`.
 
     Raises:
         ModelError: the model's attention or head cannot run packed.
@@ -180,7 +181,7 @@ def token_logprobs(
     if not isinstance(head, nn.Linear):
         raise ModelError(f"the head of {type(model).__name__} is a {type(head).__name__}, not a linear layer")
     targets, predictors = completion_indices(columns)
-    hidden = run_base_model(model, columns)
+    hidden = run_base_model(model, columns, share=share)
     hidden = F.embedding(torch.from_numpy(predictors).to(hidden.device), hidden)
     wanted = torch.from_numpy(columns.tokens[targets].astype(np.int64)).to(hidden.device)
     apply: Any = ChunkedLogprobs.apply
@@ -214,7 +215,7 @@ def plain_token_logprobs(model: nn.Module, columns: PackedColumns, *, collision:
 
 
 def check_packing(model: nn.Module, *, vocab_chunk: int, seed: int = 0) -> str | None:
-    """Prove on a small random batch that this very model may run packed: None, or the reason why it may not.
+    """Prove on a small random batch that this very model may run packed, in each way: None, or why it may not.
 
     The batch has a shared prompt, lengths from 1 upwards, and the vocabulary's last token. Whether packing is right
     does not depend on autocast, so both forwards run without it and the tolerance can be tight.
@@ -230,11 +231,12 @@ def check_packing(model: nn.Module, *, vocab_chunk: int, seed: int = 0) -> str |
     parameter = next(model.parameters())
     with torch.no_grad(), torch.autocast(parameter.device.type, enabled=False):
         plain = plain_token_logprobs(model, columns).logprobs
+        ways = (False, True) if can_share(model) else (False,)
         try:
-            packed = token_logprobs(model, columns, vocab_chunk=vocab_chunk).logprobs
+            packed = [token_logprobs(model, columns, vocab_chunk=vocab_chunk, share=way).logprobs for way in ways]
         except (ModelError, AttributeError, TypeError, ValueError, RuntimeError) as error:
             return f"{type(error).__name__}: {error}"
-    difference = float((packed - plain).abs().max())
+    difference = max(float((logprobs - plain).abs().max()) for logprobs in packed)
     if not difference <= _TOLERANCES[parameter.dtype]:
         return f"packed and plain log-probs differ by {difference:.2g} nats on a probe batch"
     return None

@@ -2,10 +2,14 @@
 
 The model sees one row of N tokens, group after group (``prompt, completion, completion, ...``), with positions that
 start anew at each prompt and go on from the prompt's end at each of its completions. Only attention must know that
-completions of one prompt do not see each other. The attention registered here as `ATTENTION` therefore gathers, layer
-by layer, the queries, keys and values of every sequence (prompt + completion) into right-padded rows, runs ordinary
-causal attention on them, and scatters the result back. Padding lies behind every real token, so causality alone hides
-it and no mask is built. Rows of similar length share a bucket, so little is wasted.
+completions of one prompt do not see each other. The attention registered here as `ATTENTION` has two ways to do it:
+
+* **Rows.** Layer by layer the queries, keys and values of every sequence (prompt + completion) are gathered into
+  right-padded rows, ordinary causal attention runs on them, and the result is scattered back. Padding lies behind every
+  real token, so causality alone hides it and no mask is built. Rows of similar length share a bucket, so little is
+  wasted. A prompt's attention is computed once for each of its completions.
+* **Shared prompts** (`prefix_attention.py`), on a CPU where prompts and completions are long enough for a kernel call
+  each: nothing is gathered, padded or computed twice.
 
 The packing travels to the attention as a keyword argument through the model, not as a context variable: activation
 checkpointing replays layers from autograd's own threads, where a context variable of the forward pass is not set.
@@ -25,6 +29,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from learners.prefix_attention import Group, PrefixAttention
 from orchestrator.errors import ModelError
 
 if TYPE_CHECKING:
@@ -36,6 +41,9 @@ ATTENTION = "agon_packed"
 
 _SMALLEST_FILL = 0.75
 """Rows shorter than this share of their bucket's longest open a new bucket."""
+
+_SHORTEST_SLICE = 64
+"""Tokens of a prompt or completion, on average, from which on a kernel call for each is faster than padded rows."""
 
 
 class PackedColumns(Protocol):
@@ -68,15 +76,53 @@ class Packing:
     rows: tuple[Tensor, ...]
     """Of each bucket [S_b, L_b] the token that stands there; padding repeats the row's first token."""
     source: Tensor
-    """[N] where each token's attention output lies in the buckets' rows, laid end to end."""
+    """[N] where each token's attention output lies in the buckets' rows, laid end to end; [0] without rows."""
+    groups: tuple[Group, ...] = ()
+    """Where prompts are shared, there are groups instead of rows."""
 
 
-def plan_packing(columns: PackedColumns, device: torch.device) -> Packing:
-    """Lay out the sequences of packed columns for attention."""
+def plan_packing(columns: PackedColumns, device: torch.device, *, share: bool = False) -> Packing:
+    """Lay out packed columns for attention, `share`: with prompts shared."""
+    positions = torch.from_numpy(_positions(columns))[None].to(device)
+    if share:
+        return Packing(positions=positions, rows=(), source=torch.empty(0), groups=_groups(columns))
+    rows, source = _rows(columns)
+    return Packing(
+        positions=positions,
+        rows=tuple(torch.from_numpy(tokens).to(device) for tokens in rows),
+        source=torch.from_numpy(source).to(device),
+    )
+
+
+def _positions(columns: PackedColumns) -> NDArray[np.int64]:
+    """[N] position of each token in its sequence."""
+    prompts = columns.prompt_lengths[columns.completion_groups].astype(np.int64)
+    starts = np.concatenate([columns.prompt_starts, columns.completion_starts])
+    lengths = np.concatenate([columns.prompt_lengths, columns.completion_lengths])
+    shifts = np.concatenate([columns.prompt_starts, columns.completion_starts - prompts])
+    order = np.argsort(starts)
+    positions: NDArray[np.int64] = np.arange(len(columns.tokens)) - np.repeat(shifts[order], lengths[order])
+    return positions
+
+
+def _groups(columns: PackedColumns) -> tuple[Group, ...]:
+    """The prompts with their completions, as slices of the packed row."""
+    completions: list[list[slice]] = [[] for _ in columns.prompt_starts]
+    sizes = zip(columns.completion_starts.tolist(), columns.completion_lengths.tolist(), strict=True)
+    for group, (start, length) in zip(columns.completion_groups.tolist(), sizes, strict=True):
+        completions[group].append(slice(start, start + length))
+    prompts = zip(columns.prompt_starts.tolist(), columns.prompt_lengths.tolist(), strict=True)
+    return tuple(
+        Group(prompt=slice(start, start + length), completions=tuple(parts))
+        for (start, length), parts in zip(prompts, completions, strict=True)
+    )
+
+
+def _rows(columns: PackedColumns) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
+    """`Packing.rows` and `Packing.source`."""
     prompts = columns.prompt_lengths[columns.completion_groups].astype(np.int64)
     prompt_starts = columns.prompt_starts[columns.completion_groups]
     lengths = prompts + columns.completion_lengths
-    positions = np.zeros(len(columns.tokens), np.int64)
     source = np.zeros(len(columns.tokens), np.int64)
     rows = []
     offset = 0
@@ -90,15 +136,10 @@ def plan_packing(columns: PackedColumns, device: torch.device) -> Packing:
         )
         real = place < lengths[members, None]
         token = np.where(real, token, prompt_starts[members, None])
-        positions[token[real]] = np.broadcast_to(place, token.shape)[real]
         source[token[real]] = offset + np.flatnonzero(real)
         offset += token.size
-        rows.append(torch.from_numpy(token).to(device))
-    return Packing(
-        positions=torch.from_numpy(positions)[None].to(device),
-        rows=tuple(rows),
-        source=torch.from_numpy(source).to(device),
-    )
+        rows.append(token)
+    return rows, source
 
 
 def _buckets(lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
@@ -111,19 +152,23 @@ def _buckets(lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     return np.split(order, cuts[1:])
 
 
-def run_base_model(model: nn.Module, columns: PackedColumns) -> Tensor:
+def run_base_model(model: nn.Module, columns: PackedColumns, *, share: bool | None = None) -> Tensor:
     """Hidden states [N, D] after the last norm, each token's as if its sequence ran alone.
 
     Args:
         model: a causal language model of transformers whose attention implementation is `ATTENTION`.
         columns: the packed tokens.
+        share: attention with shared prompts, which `can_share` must allow; None: where it is worth it.
 
     Raises:
         ModelError: the model's attention cannot be packed (`packed_attention` says why).
     """
     base: Any = model.base_model
     device = next(model.parameters()).device
-    packing = plan_packing(columns, device)
+    if share is None:
+        slices = len(columns.prompt_starts) + len(columns.completion_starts)
+        share = can_share(model) and len(columns.tokens) >= _SHORTEST_SLICE * slices
+    packing = plan_packing(columns, device, share=share)
     output = base(
         input_ids=torch.from_numpy(columns.tokens.astype(np.int64))[None].to(device),
         position_ids=packing.positions,
@@ -134,6 +179,13 @@ def run_base_model(model: nn.Module, columns: PackedColumns) -> Tensor:
     )
     hidden: Tensor = output.last_hidden_state
     return hidden[0]
+
+
+def can_share(model: nn.Module) -> bool:
+    """Whether attention with shared prompts serves the model where it is."""
+    config: Any = model.config
+    windowed = getattr(config, "sliding_window", None) is not None
+    return next(model.parameters()).device.type == "cpu" and not windowed
 
 
 def packed_attention(
@@ -167,6 +219,8 @@ def packed_attention(
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return output, None
     _refuse_unknown(module, kwargs)
+    if packing.groups:
+        return _shared(query, key, value, packing.groups, kwargs.get("scaling")), None
     flat_query, flat_key, flat_value = (_flat(states, value.dtype) for states in (query, key, value))
     outputs = []
     for rows in packing.rows:
@@ -183,6 +237,16 @@ def packed_attention(
         outputs.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
     packed = F.embedding(packing.source, torch.cat(outputs))
     return packed.view(1, len(packing.source), query.shape[1], value.shape[3]), None
+
+
+def _shared(query: Tensor, key: Tensor, value: Tensor, groups: tuple[Group, ...], scale: float | None) -> Tensor:
+    """[1, N, H, E], each prompt's keys and values used where they lie."""
+    repeats, dtype = query.shape[1] // key.shape[1], value.dtype
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    apply: Any = PrefixAttention.apply
+    attended: Tensor = apply(query.to(dtype), key.to(dtype), value, groups, scale)
+    return attended.transpose(1, 2)
 
 
 def _flat(states: Tensor, dtype: torch.dtype) -> Tensor:

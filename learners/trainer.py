@@ -9,7 +9,7 @@ On one device and one thread count everything here is deterministic, and a train
 bit for bit as if it had not stopped.
 
 On a CPU an untuned allocator costs up to a third of a step, since large temporaries go back to the system each time:
-start the process with glibc's ``MALLOC_TRIM_THRESHOLD_`` and ``MALLOC_MMAP_THRESHOLD_`` raised to 2^30, or jemalloc.
+the learner's actor is started with glibc's thresholds raised (`launch/placement.py`).
 """
 
 from __future__ import annotations

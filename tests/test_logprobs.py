@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 from transformers import FalconConfig, Gemma2Config, MambaConfig
 
 from learners.logprobs import ChunkedLogprobs, check_packing, plain_token_logprobs, token_logprobs
-from learners.packed import ATTENTION, plan_packing
+from learners.packed import ATTENTION, can_share, plan_packing
 from learners.policy import Policy
+from learners.prefix_attention import Group
 from orchestrator.batching import pack_sequences
 from tests.learning import CONFIGS, VOCAB, make_model
 
@@ -55,12 +57,15 @@ def gradients(model, logprobs):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+WAYS = [(name, share) for name in CONFIGS for share in (False, True) if not share or can_share(packed_model(name))]
+
+
+@pytest.mark.parametrize(("name", "share"), WAYS)
 @given(columns=packed_columns(), vocab_chunk=st.sampled_from([1, 7, 60, 61, 1000]))
 @settings(max_examples=20, deadline=None)
-def test_packed_equals_plain_with_gradients(name, columns, vocab_chunk):
+def test_packed_equals_plain_with_gradients(name, share, columns, vocab_chunk):
     model = packed_model(name)
-    packed = token_logprobs(model, columns, vocab_chunk=vocab_chunk, collision=True)
+    packed = token_logprobs(model, columns, vocab_chunk=vocab_chunk, collision=True, share=share)
     plain = plain_token_logprobs(model, columns, collision=True)
     torch.testing.assert_close(packed.log_collision, plain.log_collision, atol=1e-5, rtol=0)
     torch.testing.assert_close(packed.logprobs, plain.logprobs, atol=1e-5, rtol=1e-5)
@@ -100,6 +105,23 @@ def test_packing_layout_of_the_docstring():
     packing = plan_packing(columns, torch.device("cpu"))
     assert packing.positions.tolist() == [[0, 1, 2, 2, 3]]
     assert [rows.tolist() for rows in packing.rows] == [[[0, 1, 3, 4], [0, 1, 2, 0]]]
+    shared = plan_packing(columns, torch.device("cpu"), share=True)
+    assert shared.positions.tolist() == packing.positions.tolist()
+    assert shared.groups == (Group(prompt=slice(0, 2), completions=(slice(2, 3), slice(3, 5))),)
+
+
+def test_prompts_are_shared_where_slices_are_long_and_no_window_forbids_it(monkeypatch):
+    planned = []
+
+    def noted(columns, device, *, share):
+        planned.append(share)
+        return plan_packing(columns, device, share=share)
+
+    monkeypatch.setattr("learners.packed.plan_packing", noted)
+    long, short = ((tuple(range(9)) * 8, (1,) * length) for length in (60, 10))
+    for name, sequences in (("llama", [long]), ("llama", [short]), ("mistral", [long])):
+        token_logprobs(packed_model(name), pack_sequences(sequences)[0], vocab_chunk=16)
+    assert planned == [True, False, False]
 
 
 def test_rows_of_different_length_do_not_share_a_bucket():
@@ -168,14 +190,28 @@ def test_check_refuses_a_model_whose_attention_looks_across_completions(monkeypa
     """A packing that lets each row begin with the previous completion must be noticed by the numbers."""
     model = packed_model("llama")
 
-    def shifted(columns, device):
-        packing = plan_packing(columns, device)
-        return type(packing)(
-            positions=packing.positions, rows=tuple(rows.roll(1, 0) for rows in packing.rows), source=packing.source
-        )
+    def shifted(columns, device, *, share):
+        packing = plan_packing(columns, device, share=share)
+        return replace(packing, rows=tuple(rows.roll(1, 0) for rows in packing.rows))
 
     monkeypatch.setattr("learners.packed.plan_packing", shifted)
     assert "differ by" in check_packing(model, vocab_chunk=16)
+
+
+def test_check_refuses_prompts_that_are_shared_wrongly(monkeypatch):
+    """The first completion of a group seen by all others."""
+
+    def leaky(columns, device, *, share):
+        packing = plan_packing(columns, device, share=share)
+        groups = tuple(
+            Group(prompt=slice(group.prompt.start, group.completions[0].stop), completions=group.completions[1:])
+            for group in packing.groups
+            if len(group.completions) > 1
+        )
+        return replace(packing, groups=groups)
+
+    monkeypatch.setattr("learners.packed.plan_packing", leaky)
+    assert "differ by" in check_packing(packed_model("llama"), vocab_chunk=16)
 
 
 def test_bfloat16_is_close_to_float32():

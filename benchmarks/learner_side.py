@@ -1,0 +1,77 @@
+"""The learner of this project on given pairs, one optimizer step a command: what `trl/dpo.py` is for TRL.
+
+python -m benchmarks.learner_side SPEC.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from benchmarks.resident import resident, settle
+from conf.schema import LearnerConfig, LossConfig, ReferenceConfig
+from learners.trainer import Trainer
+from orchestrator.batching import pack
+from orchestrator.types import Completion, FinishReason, PolicyVersion, PreferencePair, Prompt
+
+VERSION = PolicyVersion(number=0, digest="0" * 16)
+
+
+def completion(ids: list[int]) -> Completion:
+    """Of these tokens, closed with the end of a sequence."""
+    tokens = (*ids, 1)
+    return Completion(
+        token_ids=tokens, text="", logprobs=(0.0,) * len(tokens), finish_reason=FinishReason.EOS, policy=VERSION
+    )
+
+
+def main() -> None:
+    """Obeys until stdin ends."""
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    pairs = [
+        PreferencePair(
+            id=f"1/{number}",
+            prompt=Prompt(id=str(number), text="", token_ids=tuple(pair["prompt"])),
+            chosen=completion(pair["chosen"]),
+            rejected=completion(pair["rejected"]),
+            chosen_score=1.0,
+            rejected_score=0.0,
+            iteration=1,
+            reference=VERSION,
+            scorer="random",
+        )
+        for number, pair in enumerate(spec["pairs"])
+    ]
+    trainer = Trainer(
+        spec["model"],
+        loss=LossConfig(beta=spec["beta"]),
+        reference=ReferenceConfig(kind="initial"),
+        learner=LearnerConfig(lr=spec["lr"], max_grad_norm=spec["max_grad_norm"], num_threads=spec["threads"]),
+    )
+    optimizer: Any = trainer._optimizer
+    wanted: list[str] = []
+
+    def write_gradients(*_: object) -> None:
+        if wanted:
+            parameters = trainer.policy.parameters_by_name().items()
+            save_file({name: one.grad.contiguous() for name, one in parameters if one.grad is not None}, wanted.pop())
+
+    optimizer.register_step_pre_hook(write_gradients)
+    for number, line in enumerate(sys.stdin):
+        command = line.split()
+        wanted += command[1:]
+        held = settle() if command[0] == "memory" else 0.0
+        trainer.begin_iteration(number + 1, 1)  # the reference scores each batch anew, as TRL's does
+        start = time.perf_counter()
+        trainer.update(trainer.annotate(pack(pairs)))
+        seconds = time.perf_counter() - start
+        print("answer", resident("VmHWM") - held if command[0] == "memory" else seconds, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""The queue of preference batches against the bare object store, and against `ray.util.queue.Queue`.
+
+    python -m benchmarks.queue_bandwidth
+
+One process makes batches of 10 MB, another reads every byte of them. `queue` is the learner's path: put into the object
+store, hand the reference over, lease, read, acknowledge. `raw` passes the reference as an argument of a call.
+`ray queue` carries the same pairs as pickled Python objects, as one would without packing.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from functools import partial
+from typing import Any
+
+import numpy as np
+import ray
+from ray.util.queue import Queue
+
+from benchmarks.report import Comparison, in_turn, of_medians, report
+from orchestrator.batching import pack
+from orchestrator.queues import BatchQueue
+from orchestrator.types import Completion, FinishReason, PolicyVersion, PreferenceBatch, PreferencePair, Prompt
+
+BATCH_BYTES = 10_000_000
+BATCHES = 30
+PAIRS = 512
+VERSION = PolicyVersion(number=0, digest="0" * 16)
+WAIT_S = 120.0
+
+
+def make_pairs() -> list[PreferencePair]:
+    """Pairs whose packed columns take about `BATCH_BYTES`, at 8 bytes a token: ids and reference log-probs."""
+    random = np.random.default_rng(0)
+    length = BATCH_BYTES // (8 * 2 * PAIRS)
+
+    def completion() -> Completion:
+        return Completion(
+            token_ids=tuple(random.integers(0, 32000, length).tolist()),
+            text="",
+            logprobs=tuple(random.random(length).tolist()),
+            finish_reason=FinishReason.EOS,
+            policy=VERSION,
+        )
+
+    return [
+        PreferencePair(
+            id=f"1/{number}/0>1",
+            prompt=Prompt(id=str(number), text="", token_ids=(number,)),
+            chosen=completion(),
+            rejected=completion(),
+            chosen_score=1.0,
+            rejected_score=0.0,
+            iteration=1,
+            reference=VERSION,
+            scorer="random",
+        )
+        for number in range(PAIRS)
+    ]
+
+
+def read(batch: PreferenceBatch) -> int:
+    """Touches every byte of the large columns."""
+    return int(batch.tokens.sum()) + int(batch.reference_logprobs.sum() if batch.reference_logprobs is not None else 0)
+
+
+@ray.remote(num_cpus=0)
+class Consumer:
+    """The learner's side."""
+
+    def drain_queue(self, queue: BatchQueue, count: int) -> int:
+        """Leases, reads and acknowledges `count` batches."""
+        total = 0
+        for _ in range(count):
+            lease = queue.lease(timeout_s=WAIT_S, duration_s=WAIT_S)
+            assert lease is not None
+            total += read(ray.get(lease.item))
+            queue.acknowledge(lease.id)
+        return total
+
+    def read_one(self, batch: PreferenceBatch) -> int:
+        """Reads a batch that came as an argument."""
+        return read(batch)
+
+    def drain_ray_queue(self, queue: Queue, count: int) -> int:
+        """Takes `count` lists of pairs and packs them."""
+        return sum(read(pack(queue.get(timeout=WAIT_S), sampled_reference=True)) for _ in range(count))
+
+
+def through_queue(consumer: Any, batch: PreferenceBatch, size: float) -> float:
+    """MB/s."""
+    queue = BatchQueue.create(4, deadline_s=WAIT_S)
+    queue.wait_ready(WAIT_S)
+    start = time.perf_counter()
+    drained = consumer.drain_queue.remote(queue, BATCHES)
+    for _ in range(BATCHES):
+        while not queue.put(ray.put(batch), timeout_s=WAIT_S):
+            pass
+    ray.get(drained)
+    rate = size * BATCHES / (time.perf_counter() - start)
+    queue.end()
+    return rate
+
+
+def through_store(consumer: Any, batch: PreferenceBatch, size: float) -> float:
+    """MB/s."""
+    start = time.perf_counter()
+    pending: list[Any] = []
+    for _ in range(BATCHES):
+        pending.append(consumer.read_one.remote(ray.put(batch)))
+        if len(pending) == 4:  # as many as the queue holds
+            ray.get(pending.pop(0))
+    ray.get(pending)
+    return size * BATCHES / (time.perf_counter() - start)
+
+
+def through_ray_queue(consumer: Any, pairs: list[PreferencePair], size: float) -> float:
+    """MB/s of the packed columns that come out."""
+    count = 2
+    queue = Queue(maxsize=4, actor_options={"num_cpus": 0})
+    start = time.perf_counter()
+    drained = consumer.drain_ray_queue.remote(queue, count)
+    for _ in range(count):
+        queue.put(pairs, timeout=WAIT_S)
+    ray.get(drained)
+    rate = size * count / (time.perf_counter() - start)
+    queue.shutdown(force=True)
+    return rate
+
+
+def main() -> int:
+    """Measures and keeps both ratios."""
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=1 << 30, logging_level="ERROR")
+    pairs = make_pairs()
+    batch = pack(pairs, sampled_reference=True)
+    size = (batch.tokens.nbytes + 4 * batch.num_completion_tokens) / 1e6
+    consumer = Consumer.remote()  # type: ignore[attr-defined]
+    sides = in_turn(
+        {
+            "queue": partial(through_queue, consumer, batch, size),
+            "raw": partial(through_store, consumer, batch, size),
+            "ray queue": partial(through_ray_queue, consumer, pairs, size),
+        }
+    )
+    ray.shutdown()
+    notes = f"Batches of {size:.1f} MB ({PAIRS} pairs), one producer and one consumer, at most 4 on their way."
+    packages = ("ray", "numpy")
+    raw = Comparison(
+        key="queue_vs_raw",
+        title="Queue of batches against bare `ray.put` and `ray.get`",
+        unit="MB/s",
+        sides={name: sides[name] for name in ("queue", "raw")},
+        ratio=of_medians(sides["queue"], sides["raw"]),
+        least=0.8,
+        notes=notes,
+    )
+    pickled = Comparison(
+        key="queue_vs_ray_queue",
+        title="Queue of packed batches against `ray.util.queue.Queue` of pickled pairs",
+        unit="MB/s",
+        sides={name: sides[name] for name in ("queue", "ray queue")},
+        ratio=of_medians(sides["queue"], sides["ray queue"]),
+        least=20,
+        notes=notes,
+    )
+    return max(report(raw, packages=packages), report(pickled, packages=packages))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
