@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
     import torch
@@ -55,17 +55,14 @@ class Engine(Protocol):
         Running requests go on under the new weights; their cached keys and values are recomputed.
         """
 
-    def differing(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-        """Names of tensors whose values the engine does not hold, bit for bit: the proof of `load_weights`.
+    def outdated(self, records: Sequence[TensorRecord]) -> list[str]:
+        """Names of tensors that have another checksum than their record: the proof of `load_weights`.
 
-        Names that `unreadable` lists are left out: `score` proves those.
+        Those that `unreadable` lists are left out: `score` proves them.
         """
 
-    def outdated(self, records: Sequence[TensorRecord]) -> list[str]:
-        """What `differing` finds, from checksums alone: where weights came without a second copy to compare with."""
-
-    def unreadable(self, names: Iterable[str]) -> list[str]:
-        """Those of `names` that `differing` cannot compare: unknown to the model, or sharded over devices."""
+    def unreadable(self, records: Sequence[TensorRecord]) -> list[str]:
+        """Those that `outdated` cannot compare: unknown to the model, sharded over devices, or of another dtype."""
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
         """Log-probs of ``sequence[1:]`` given their prefixes, each [len(sequence) - 1]. Every cache is bypassed."""

@@ -99,7 +99,9 @@ class Generator(Observable):
         await asyncio.wrap_future(self._loop.call(run))
 
     def receive(self, publication: Publication, deadline_s: float) -> list[NDArray[np.uint8]]:
-        """The publication's bytes, read in place from the object store."""
+        """The publication's bytes, read in place from shared memory or the object store."""
+        if publication.shared is not None:
+            return [publication.shared.open()]
         buckets: list[NDArray[np.uint8]] = fetch(
             list(publication.buckets),
             what=f"{self.name}: bytes of weights {publication.version}",

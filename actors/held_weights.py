@@ -10,23 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from orchestrator.weights import checksum
+from orchestrator.weights import checksum_of_all
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from orchestrator.weights import TensorRecord
 
 TRANSPOSED = {"gpt2": ("c_attn.weight", "c_proj.weight", "c_fc.weight")}
 """Model type -> names whose matrices vLLM holds as [out, in] where the checkpoint has [in, out]."""
-
-
-def same_bits(held: torch.Tensor, given: torch.Tensor) -> bool:
-    """Whether `held` is `given`, cast to its dtype: no tolerance, NaN equal to itself, 0 apart from -0."""
-    given = given.to(device=held.device, dtype=held.dtype)
-    return held.shape == given.shape and torch.equal(
-        held.contiguous().view(torch.uint8), given.contiguous().view(torch.uint8)
-    )
 
 
 def load(worker: Any, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -42,29 +34,32 @@ def load(worker: Any, tensors: Mapping[str, torch.Tensor]) -> None:
         runner.reload_weights(weights_iterator=iter(tensors.items()))
 
 
-def differing(worker: Any, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Names of readable tensors that the worker does not hold bit for bit."""
-    model = worker.model_runner.get_model()
-    held = {name: _held(model, name) for name in tensors}
-    return [name for name, value in held.items() if value is not None and not same_bits(value, tensors[name])]
-
-
 def outdated(worker: Any, records: Sequence[TensorRecord]) -> list[str]:
-    """Names of readable tensors that have another checksum than their record; held in another dtype they have none."""
+    """Names of readable tensors that have another checksum than their record."""
     model = worker.model_runner.get_model()
-    held = {record: _held(model, record.name) for record in records}
-    return [record.name for record, value in held.items() if value is not None and is_outdated(value, record)]
+    return outdated_among(records, lambda name: _held(model, name))
 
 
-def is_outdated(held: torch.Tensor, record: TensorRecord) -> bool:
-    """Whether `held`, in the dtype that was published, has another checksum than was published."""
-    return str(held.dtype) == f"torch.{record.dtype}" and checksum(held) != record.checksum
-
-
-def unreadable(worker: Any, names: Sequence[str]) -> list[str]:
-    """Those of `names` that cannot be traced to values the worker holds."""
+def unreadable(worker: Any, records: Sequence[TensorRecord]) -> list[str]:
+    """Names of those whose values the worker holds in another form than was published, or nobody knows where."""
     model = worker.model_runner.get_model()
-    return [name for name in names if _held(model, name) is None]
+    return unreadable_among(records, lambda name: _held(model, name))
+
+
+def outdated_among(records: Sequence[TensorRecord], held_as: Callable[[str], torch.Tensor | None]) -> list[str]:
+    """Names of readable tensors that have another checksum than their record; `held_as` finds what is held."""
+    readable = {record: held for record in records if _is_like(held := held_as(record.name), record)}
+    found = checksum_of_all([held for held in readable.values() if held is not None])
+    return [record.name for record, checksum in zip(readable, found, strict=True) if checksum != record.checksum]
+
+
+def unreadable_among(records: Sequence[TensorRecord], held_as: Callable[[str], torch.Tensor | None]) -> list[str]:
+    """Names of tensors that cannot be compared."""
+    return [record.name for record in records if not _is_like(held_as(record.name), record)]
+
+
+def _is_like(held: torch.Tensor | None, record: TensorRecord) -> bool:
+    return held is not None and str(held.dtype) == f"torch.{record.dtype}"
 
 
 def _held(model: Any, name: str) -> torch.Tensor | None:

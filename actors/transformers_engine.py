@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
 
 from actors.engine import EngineOutput, check_sequences, token_budget
-from actors.held_weights import is_outdated, same_bits
+from actors.held_weights import outdated_among, unreadable_among
 from orchestrator.errors import ConfigError, ModelError
 from orchestrator.types import FinishReason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -151,20 +151,13 @@ class TransformersEngine:
             held[name].copy_(tensor)
         self._cache = None
 
-    def differing(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-        """Names of tensors whose values the engine does not hold, bit for bit; see `unreadable`."""
-        held = self._model.state_dict()
-        return [name for name, tensor in tensors.items() if name in held and not same_bits(held[name], tensor)]
-
     def outdated(self, records: Sequence[TensorRecord]) -> list[str]:
         """Names of tensors that have another checksum than their record; see `unreadable`."""
-        held = self._model.state_dict()
-        return [record.name for record in records if record.name in held and is_outdated(held[record.name], record)]
+        return outdated_among(records, self._model.state_dict().get)
 
-    def unreadable(self, names: Iterable[str]) -> list[str]:
-        """Those of `names` that `differing` cannot compare: unknown to the model."""
-        held = self._model.state_dict()
-        return [name for name in names if name not in held]
+    def unreadable(self, records: Sequence[TensorRecord]) -> list[str]:
+        """Those that `outdated` cannot compare: unknown to the model, or of another dtype."""
+        return unreadable_among(records, self._model.state_dict().get)
 
     @torch.inference_mode()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:

@@ -24,7 +24,7 @@ from orchestrator.errors import ModelError, PublicationError
 from orchestrator.types import FinishReason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -159,19 +159,14 @@ class VllmEngine:
                 "returned False. Generations would mix two policies; restart this generator."
             )
 
-    def differing(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-        """Names of tensors whose values the engine does not hold, bit for bit; see `unreadable`."""
-        found = self.call_workers(held_weights.differing, dict(tensors))
-        return [name for name in tensors if any(name in names for names in found)]
-
     def outdated(self, records: Sequence[TensorRecord]) -> list[str]:
         """Names of tensors that have another checksum than their record; see `unreadable`."""
         found = self.call_workers(held_weights.outdated, tuple(records))
         return [record.name for record in records if any(record.name in names for names in found)]
 
-    def unreadable(self, names: Iterable[str]) -> list[str]:
-        """Those of `names` that `differing` cannot compare: unknown to the model, or sharded over devices."""
-        missing: list[str] = self.call_workers(held_weights.unreadable, list(names))[0]
+    def unreadable(self, records: Sequence[TensorRecord]) -> list[str]:
+        """Those that `outdated` cannot compare: unknown to the model, sharded over devices, or of another dtype."""
+        missing: list[str] = self.call_workers(held_weights.unreadable, tuple(records))[0]
         return missing
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -13,19 +14,23 @@ import ray
 from actors.vllm_transfer import WeightSender
 from orchestrator.errors import DeadlineError, TrainingError
 from orchestrator.remote import fetch
+from orchestrator.shared_memory import SharedSlots
 from orchestrator.stacks import Observable
 from orchestrator.startup import uncollected
 from orchestrator.weights import Probe, Publication, checksums, pack, version_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from conf.schema import LearnerConfig, LossConfig, ReferenceConfig
     from learners.checkpoint import State
     from orchestrator.queues import BatchQueue
+    from orchestrator.shared_memory import SharedArray
     from orchestrator.types import Completion, PreferenceBatch, Prompt, SeedSequence, UpdateResult
+    from orchestrator.weights import TensorRecord
 
 _PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}
 """Largest allowed difference of a token's log-prob between two engines. Two orders of summation through 24 layers were
@@ -64,6 +69,7 @@ class Learner(Observable):
         self._dtype = dtype
         self._transport = weight_transport
         self._workers_per_receiver = workers_per_receiver
+        self._slots = SharedSlots()
         self._receivers: list[Any] = []
         self._sender: WeightSender | None = None
         self._results: dict[int, UpdateResult] = {}
@@ -158,25 +164,46 @@ class Learner(Observable):
             )
         return found == due
 
-    def publish(self, number: int, receivers: Sequence[Any], deadline_s: float) -> Publication:
-        """Makes the weights version `number`: puts them into the object store, or sends them to `receivers`.
+    def publish(
+        self, number: int, receivers: Sequence[Any], nodes: Collection[str] | None, deadline_s: float
+    ) -> Publication:
+        """Makes the weights version `number`: lays them where receivers find them, or sends them.
+
+        Args:
+            number: of the version.
+            receivers: the generators.
+            nodes: ids of the nodes that they are on; None: memory is not shared.
+            deadline_s: `cluster.publish_deadline_s`.
 
         Raises:
-            DeadlineError: a receiver has not got them within `deadline_s` (`cluster.publish_deadline_s`).
+            DeadlineError: a receiver has not got them within `deadline_s`.
         """
         with self._busy:
             self._trainer.version = number
-            tensors = self._trainer.named_tensors()
-            if self._transport == "object_store":
-                records, buckets = pack(tensors)
-                refs = tuple(ray.put(bucket) for bucket in buckets)
-                return Publication(
-                    version=version_of(number, records), records=records, buckets=refs, probe=self._probe()
-                )
-            self._publish_deadline_s = deadline_s
-            self._send(receivers)
-            records = checksums(tensors)
-            return Publication(version=version_of(number, records), records=records, buckets=(), probe=self._probe())
+            tensors, buckets, shared = self._trainer.named_tensors(), (), None
+            if self._transport != "object_store":
+                self._publish_deadline_s = deadline_s
+                self._send(receivers)
+                records = checksums(tensors)
+            elif nodes is not None and set(nodes) <= {ray.get_runtime_context().get_node_id()}:
+                records, shared = self._share(tensors)
+            else:
+                records, packed = pack(tensors)
+                buckets = tuple(ray.put(bucket) for bucket in packed)
+            version = version_of(number, records)
+            return Publication(version=version, records=records, buckets=buckets, shared=shared, probe=self._probe())
+
+    def _share(self, tensors: Mapping[str, Tensor]) -> tuple[tuple[TensorRecord, ...], SharedArray]:
+        """Copies tensors to where every process of the node can read them."""
+        places: list[SharedArray] = []
+
+        def allocate(sizes: Sequence[int]) -> list[NDArray[np.uint8]]:
+            array, place = self._slots.take(*sizes)
+            places.append(place)
+            return [array]
+
+        records, _ = pack(tensors, bucket_bytes=sys.maxsize, allocate=allocate)
+        return records, places[0]
 
     def _send(self, receivers: Sequence[Any]) -> None:
         """Over vLLM's weight transfer; a group is formed anew when a generator was replaced."""

@@ -84,6 +84,11 @@ class ActorPool(Generic[Work, Result]):
         """Handles of the actors that are not known to be dead."""
         return [slot.actor for slot in self.living]
 
+    @property
+    def nodes(self) -> list[str]:
+        """Ids of the nodes that they are on, each once."""
+        return sorted({slot.where.node_id for slot in self.living if slot.where is not None})
+
     def wait_ready(self) -> None:
         """Waits until every actor is up; one whose process is killed on the way is replaced.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import xxhash
@@ -11,7 +12,7 @@ from orchestrator.remote import fetch
 from orchestrator.types import PolicyVersion
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from orchestrator.accounts import Accounts
     from orchestrator.rollouts import Roles
@@ -28,6 +29,8 @@ class Publisher:
         self._accounts = accounts
         self._deadline_s = deadline_s
         self._current: Publication | None = None
+        self._shares = True
+        """Whether memory of the learner's node is tried; not any more once somebody could not read it."""
         roles.generators.on_start = self._bring_up_to_date
 
     @property
@@ -51,13 +54,23 @@ class Publisher:
 
     def _publish(self, number: int) -> PolicyVersion:
         publication = self._current = self._send(number)
-        self._roles.generators.broadcast(
-            lambda actor: actor.update_weights.remote(publication, self._deadline_s),
-            what=f"load weights {publication.version}",
-            deadline_s=self._deadline_s,
-            knob=_KNOB,
-        )
+        with self._noting_unreadable(publication):
+            self._roles.generators.broadcast(
+                lambda actor: actor.update_weights.remote(publication, self._deadline_s),
+                what=f"load weights {publication.version}",
+                deadline_s=self._deadline_s,
+                knob=_KNOB,
+            )
         return publication.version
+
+    @contextmanager
+    def _noting_unreadable(self, publication: Publication) -> Iterator[None]:
+        """Shared memory that cannot be read died with its learner, or a container hides it: it is not tried again."""
+        try:
+            yield
+        except LostObjectError:
+            self._shares = self._shares and publication.shared is None
+            raise
 
     def _send(self, number: int) -> Publication:
         learner, generators = self._roles.learner, self._roles.generators
@@ -66,7 +79,9 @@ class Publisher:
             lambda actor: actor.ready.remote(), what="sign of life", deadline_s=self._deadline_s, knob=_KNOB
         )
         publication: Publication = fetch(
-            learner.actor.publish.remote(number, generators.actors, self._deadline_s),
+            learner.actor.publish.remote(
+                number, generators.actors, generators.nodes if self._shares else None, self._deadline_s
+            ),
             what=f"learner: publish weights v{number}",
             deadline_s=self._deadline_s,
             knob=_KNOB,
@@ -82,21 +97,22 @@ class Publisher:
         if self._current is None:
             return
         try:
-            if not self._current.buckets:
+            if not self._current.is_packed:
                 raise LostObjectError("nothing is kept of weights that were sent by NCCL or IPC")
-            self._update(actor)
+            self._update(actor, self._current)
         except LostObjectError:
             number = self._current.version.number
             self._current = self._roles.learner.surviving(lambda: self._send(number))
-            self._update(actor)
+            self._update(actor, self._current)
 
-    def _update(self, actor: Any) -> None:
-        fetch(
-            actor.update_weights.remote(self._current, self._deadline_s),
-            what="generator: bring up to date",
-            deadline_s=self._deadline_s,
-            knob=_KNOB,
-        )
+    def _update(self, actor: Any, publication: Publication) -> None:
+        with self._noting_unreadable(publication):
+            fetch(
+                actor.update_weights.remote(publication, self._deadline_s),
+                what="generator: bring up to date",
+                deadline_s=self._deadline_s,
+                knob=_KNOB,
+            )
 
 
 def reference_version(kind: str, decay: float, versions: Sequence[PolicyVersion]) -> PolicyVersion:

@@ -1,37 +1,46 @@
 """Versioned weights on their way from the learner to the generators, and the proof that they arrived.
 
-    learner: pack -> ray.put of a few large buckets -> Publication -> generators: get -> verify -> load -> prove
+    learner: pack with checksums -> Publication -> generators: load in place -> prove
 
-The proof has three links, each of which names what failed: the bytes received match the checksums taken at the
-learner (`corrupted`), the engine holds those bytes (`Engine.differing`), and its forward pass agrees with the learner's
-on a probe sequence (`Probe`), which also catches stale caches and re-packed weights. Weights that are sent by NCCL or
-IPC leave no bytes to compare with: what the engine holds is held against the checksums instead (`Engine.outdated`).
+The proof has two links: what the engine holds matches the checksums taken at the learner (`Engine.outdated`), whatever
+way it came; and its forward pass agrees with the learner's on a probe sequence (`Probe`), which also catches stale
+caches and re-packed weights. An error says whether the bytes were damaged on their way or not taken.
 
-A bucket is one flat uint8 array of some hundred MiB: few objects, no pickling, zero-copy reads on the same node.
+Where all generators are on the learner's node the bytes lie in memory that they share (`shared_memory.py`), written
+once and read in place. Elsewhere they are put into the object store in buckets, flat uint8 arrays of some hundred MiB:
+few objects, no pickling, one copy a node.
 """
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from orchestrator.errors import PublicationError
 from orchestrator.types import PolicyVersion
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
     import torch
-    from numpy.typing import NDArray
 
     from actors.engine import Engine
+    from orchestrator.shared_memory import SharedArray
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _ALIGNMENT = 64  # bytes; lets every dtype be viewed in place
 BUCKET_BYTES = 256 << 20
+_MOST_THREADS = 4  # enough to fill the memory's bandwidth
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,42 +78,70 @@ class Publication:
     version: PolicyVersion
     records: tuple[TensorRecord, ...]
     buckets: tuple[Any, ...]
-    """Ray object references of uint8 arrays, or the arrays themselves; empty when weights travel by NCCL or IPC."""
+    """Ray object references of uint8 arrays, or the arrays themselves; empty when weights travel another way."""
     probe: Probe
+    shared: SharedArray | None = None
+    """All bytes as one bucket, where every generator is on the learner's node."""
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether there are bytes to load; weights that come by NCCL or IPC leave none."""
+        return bool(self.buckets) or self.shared is not None
+
+
+Allocate = Callable[[Sequence[int]], Sequence[NDArray[np.uint8]]]
+"""Gives an array of each of these sizes, in bytes."""
 
 
 def pack(
-    tensors: Mapping[str, torch.Tensor], bucket_bytes: int = BUCKET_BYTES
+    tensors: Mapping[str, torch.Tensor], bucket_bytes: int = BUCKET_BYTES, allocate: Allocate | None = None
 ) -> tuple[tuple[TensorRecord, ...], list[NDArray[np.uint8]]]:
-    """Copies tensors into buckets of at most `bucket_bytes` each (a larger tensor gets a bucket of its own)."""
-    import torch  # where there are tensors it is loaded; the controller has none
+    """Copies tensors into buckets of at most `bucket_bytes` each (a larger tensor gets a bucket of its own).
 
-    layout: list[tuple[str, torch.Tensor, int, int]] = []
+    Args:
+        tensors: by the names of a Hugging Face checkpoint.
+        bucket_bytes: see above.
+        allocate: where the buckets lie; None: in memory of their own.
+    """
+    places: list[tuple[int, int]] = []
     sizes: list[int] = []
-    for name, tensor in tensors.items():
+    for tensor in tensors.values():
         needed = -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
         if not sizes or sizes[-1] + needed > bucket_bytes:
             sizes.append(0)
-        layout.append((name, tensor, len(sizes) - 1, sizes[-1]))
+        places.append((len(sizes) - 1, sizes[-1]))
         sizes[-1] += needed
-    buckets = [np.zeros(size, dtype=np.uint8) for size in sizes]
-    records = []
-    for name, tensor, bucket, offset in layout:
+    buckets = list(allocate(sizes) if allocate else (np.empty(size, np.uint8) for size in sizes))
+
+    def copy(item: tuple[tuple[str, torch.Tensor], tuple[int, int]]) -> TensorRecord:
+        (name, tensor), (bucket, offset) = item
         part = buckets[bucket][offset : offset + tensor.nbytes]
-        if tensor.nbytes:
-            torch.from_numpy(part).view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
-        records.append(
-            TensorRecord(
-                name=name,
-                dtype=str(tensor.dtype).removeprefix("torch."),
-                shape=tuple(tensor.shape),
-                bucket=bucket,
-                offset=offset,
-                num_bytes=tensor.nbytes,
-                checksum=xxhash.xxh3_64_hexdigest(part.data),
-            )
+        np.copyto(part, _bytes(tensor))
+        return TensorRecord(
+            name=name,
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            shape=tuple(tensor.shape),
+            bucket=bucket,
+            offset=offset,
+            num_bytes=tensor.nbytes,
+            checksum=xxhash.xxh3_64_hexdigest(part.data),
         )
-    return tuple(records), buckets
+
+    return tuple(_on_all_cores(copy, zip(tensors.items(), places, strict=True))), buckets
+
+
+def _bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
+    """Of a tensor in the order of its elements; a view where that is how they lie."""
+    import torch  # where there are tensors it is loaded; the controller has none
+
+    flat: NDArray[np.uint8] = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return flat
+
+
+def _on_all_cores(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """For functions that copy or sum up bytes, during which Python lets other threads run."""
+    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+        return list(pool.map(function, items))
 
 
 def digest(records: Sequence[TensorRecord]) -> str:
@@ -123,18 +160,15 @@ def version_of(number: int, records: Sequence[TensorRecord]) -> PolicyVersion:
     return PolicyVersion(number=number, digest=digest(records))
 
 
-def checksum(tensor: torch.Tensor) -> str:
-    """xxh3-64 of a tensor's bytes, as in its `TensorRecord`."""
-    return pack({"": tensor})[0][0].checksum
+def checksum_of_all(tensors: Sequence[torch.Tensor]) -> list[str]:
+    """xxh3-64 of the bytes of each tensor, as in its `TensorRecord`."""
+    return _on_all_cores(lambda tensor: xxhash.xxh3_64_hexdigest(_bytes(tensor).data), tensors)
 
 
 def corrupted(records: Sequence[TensorRecord], buckets: Sequence[NDArray[np.uint8]]) -> list[str]:
     """Names of tensors whose bytes do not match their checksum."""
-    return [
-        record.name
-        for record in records
-        if xxhash.xxh3_64_hexdigest(_bytes_of(record, buckets).data) != record.checksum
-    ]
+    found = _on_all_cores(lambda record: xxhash.xxh3_64_hexdigest(_bytes_of(record, buckets).data), records)
+    return [record.name for record, checksum in zip(records, found, strict=True) if checksum != record.checksum]
 
 
 def unpack(records: Sequence[TensorRecord], buckets: Sequence[NDArray[np.uint8]]) -> dict[str, torch.Tensor]:
@@ -162,30 +196,40 @@ def install(
 ) -> PolicyVersion:
     """Loads a publication into an engine and proves it; `holder` names the generator in errors.
 
+    What the engine holds afterwards is summed up and held against the checksums, which proves the way of the bytes as
+    well; bytes whose end it cannot show are proved before they are loaded. What came by NCCL or IPC is loaded already.
+
     Raises:
         PublicationError: the bytes, the engine's own copy or its forward pass do not match the publication.
     """
-    version = publication.version
-    if not publication.buckets:  # they came by NCCL or IPC and are loaded; there is no second copy to compare with
-        _refuse(engine.outdated(publication.records), publication, holder)
-        prove(engine, publication, {}, holder=holder)
-        return version
-    if names := corrupted(publication.records, buckets):
+    records = publication.records
+    if publication.is_packed:
+        hidden = set(engine.unreadable(records))
+        _refuse_damaged(corrupted([one for one in records if one.name in hidden], buckets), publication, holder)
+        engine.load_weights(unpack(records, buckets))
+    if outdated := engine.outdated(records):
+        damaged = corrupted([one for one in records if one.name in outdated], buckets) if publication.is_packed else []
+        _refuse_damaged(damaged, publication, holder)
         raise PublicationError(
-            f"{holder}: tensor {names[0]} of weights {version} arrived with another checksum than the learner published"
-            f" ({len(names)} of {len(publication.records)} tensors differ). The copy was damaged on its way; the old"
-            " weights are still loaded. Restart the run with --resume; if it happens again, suspect the node's memory."
+            f"{holder}: tensor {outdated[0]} does not hold what weights {publication.version} say ({len(outdated)} of"
+            f" {len(records)} tensors differ). The engine did not take the update; this is a defect of the engine or"
+            " its version: pin the version this project was tested with."
         )
-    tensors = unpack(publication.records, buckets)
-    engine.load_weights(tensors)
-    prove(engine, publication, tensors, holder=holder)
-    return version
+    _try_probe(engine, publication, holder)
+    return publication.version
 
 
-def prove(engine: Engine, publication: Publication, tensors: Mapping[str, torch.Tensor], *, holder: str) -> None:
-    """Raises PublicationError unless the engine holds `tensors` and its forward pass agrees with the probe."""
-    version = publication.version
-    _refuse(engine.differing(tensors), publication, holder)
+def _refuse_damaged(names: Sequence[str], publication: Publication, holder: str) -> None:
+    if names:
+        raise PublicationError(
+            f"{holder}: tensor {names[0]} of weights {publication.version} arrived with another checksum than the"
+            f" learner published ({len(names)} of {len(publication.records)} tensors differ). The copy was damaged on"
+            " its way. Restart the run with --resume; if it happens again, suspect the node's memory."
+        )
+
+
+def _try_probe(engine: Engine, publication: Publication, holder: str) -> None:
+    """Raises PublicationError unless the engine's forward pass agrees with the learner's."""
     probe = publication.probe
     if not probe.logprobs:
         return
@@ -193,16 +237,7 @@ def prove(engine: Engine, publication: Publication, tensors: Mapping[str, torch.
     worst = float(np.max(np.abs(found - np.asarray(probe.logprobs))))
     if not worst <= probe.tolerance:
         raise PublicationError(
-            f"{holder}: log-probs of the probe under weights {version} differ from the learner's by {worst:.2e}"
-            f" (allowed {probe.tolerance:.0e}), though every tensor that can be read matches. The engine computes"
-            " another function than the learner: check dtype and the model's support in both."
-        )
-
-
-def _refuse(names: Sequence[str], publication: Publication, holder: str) -> None:
-    if names:
-        raise PublicationError(
-            f"{holder}: tensor {names[0]} does not hold what weights {publication.version} say ({len(names)} of"
-            f" {len(publication.records)} tensors differ). The engine did not take the update; this is a defect of the"
-            " engine or its version: pin the version this project was tested with."
+            f"{holder}: log-probs of the probe under weights {publication.version} differ from the learner's by"
+            f" {worst:.2e} (allowed {probe.tolerance:.0e}), though every tensor that can be read matches. The engine"
+            " computes another function than the learner: check dtype and the model's support in both."
         )

@@ -19,6 +19,7 @@ class CountingEngine:
         self.closed = False
         self.fail_at_step = None
         self.ignores_updates = False
+        self.hidden = ()
 
     def add(self, request):
         if not request.prompt_token_ids:
@@ -55,13 +56,15 @@ class CountingEngine:
         if not self.ignores_updates:
             self.weights = {name: tensor.clone() for name, tensor in tensors.items()}
 
-    def differing(self, tensors):
-        return [name for name, tensor in tensors.items() if not (tensor == self.weights.get(name, tensor + 1)).all()]
-
     def outdated(self, records):
-        from actors.held_weights import is_outdated
+        from actors.held_weights import outdated_among
 
-        return [r.name for r in records if r.name in self.weights and is_outdated(self.weights[r.name], r)]
+        shown = [record for record in records if record.name not in self.hidden]
+        missing = [record.name for record in shown if record.name not in self.weights]
+        return missing + outdated_among(shown, self.weights.get)
+
+    def unreadable(self, records):
+        return [record.name for record in records if record.name in self.hidden]
 
     def score(self, sequences):
         return [np.full(len(sequence) - 1, -1.0, dtype=np.float32) for sequence in sequences]

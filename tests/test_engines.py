@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 from actors.engines import build_engine
 from orchestrator.errors import ConfigError, ModelError
 from orchestrator.types import FinishReason, GenerationRequest, SamplingParams
+from orchestrator.weights import checksums
 from tests.models import CONTEXT, KINDS, make_config, make_model, make_tokenizer, make_weights
 
 EOS = 2
@@ -255,28 +256,31 @@ def test_weights_switch_between_two_steps(subject):
     assert switched
 
 
-def test_differing_names_exactly_the_tensor_that_is_not_held(subject):
+def test_outdated_names_exactly_the_tensor_that_is_not_held(subject):
     tensors = subject.use(0).state_dict()
-    assert subject.engine.unreadable(tensors) == []
-    assert subject.engine.differing(tensors) == []
+    assert subject.engine.unreadable(checksums(tensors)) == []
+    assert subject.engine.outdated(checksums(tensors)) == []
     for name, tensor in tensors.items():
-        corrupt = tensor.clone()
-        last = corrupt.view(-1)[-1:]
+        other = tensor.clone()
+        last = other.view(-1)[-1:]
         last.copy_(torch.nextafter(last, last + 1))
-        assert subject.engine.differing({**tensors, name: corrupt}) == [name]
-    assert subject.engine.unreadable(["no.such.weight", *tensors]) == ["no.such.weight"]
+        assert subject.engine.outdated(checksums({**tensors, name: other})) == [name]
+    odd = {"no.such.weight": torch.zeros(1), **{name: tensor.bfloat16() for name, tensor in tensors.items()}}
+    assert subject.engine.unreadable(checksums(odd)) == list(odd)
+    assert subject.engine.outdated(checksums(odd)) == []
 
 
-def test_differing_sees_one_tensor_that_was_loaded_wrong(subject):
+def test_outdated_sees_one_tensor_that_was_loaded_wrong(subject):
     tensors = subject.use(0).state_dict()
+    records = checksums(tensors)
     tied = {"lm_head.weight", "model.embed_tokens.weight", "transformer.wte.weight"}
     for name, tensor in tensors.items():
         if name in tied:
             continue
         subject.engine.load_weights({name: tensor + 1})
-        assert subject.engine.differing(tensors) == [name]
+        assert subject.engine.outdated(records) == [name]
         subject.engine.load_weights({name: tensor})
-    assert subject.engine.differing(tensors) == []
+    assert subject.engine.outdated(records) == []
 
 
 def test_score_equals_a_forward_pass_and_bypasses_caches(subject):

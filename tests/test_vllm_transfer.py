@@ -74,7 +74,6 @@ def test_received_weights_are_exact_for_running_requests_too(kind, tmp_path, in_
     outputs = []
     while engine.has_unfinished():
         outputs += engine.step()
-    assert engine.differing(in_transit) == []
     assert engine.outdated(checksums(in_transit)) == []
     moved = next(name for name in in_transit if name.endswith("k_proj.weight"))
     assert engine.outdated(checksums(in_transit | {moved: in_transit[moved] + 1e-6})) == [moved]

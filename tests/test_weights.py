@@ -77,13 +77,17 @@ def test_install_loads_and_proves():
     assert torch.equal(engine.weights["model.embed"], NAMED["model.embed"])
 
 
-def test_damaged_bytes_are_named_and_not_loaded():
+@pytest.mark.parametrize("hidden", [(), ("model.head",)])
+def test_damaged_bytes_are_named_whether_or_not_the_engine_shows_what_it_holds(hidden):
     engine, published = CountingEngine(), publication(NAMED)
+    engine.hidden = hidden
     damaged = [bucket.copy() for bucket in published.buckets]
     damaged[1][0] ^= 1
-    with pytest.raises(PublicationError, match=rf"generator-1: tensor model\.head of weights {published.version}"):
+    with pytest.raises(
+        PublicationError, match=rf"generator-1: tensor model\.head of weights {published.version} arrived with another"
+    ):
         install(engine, published, damaged, holder="generator-1")
-    assert engine.weights == {}
+    assert bool(engine.weights) is not bool(hidden), "what cannot be seen afterwards is looked at before"
 
 
 def test_an_engine_that_ignores_the_update_is_named():

@@ -1,0 +1,77 @@
+"""Large arrays that one process writes and others of its node read in place.
+
+The memory has no name: it belongs to the descriptors that are open on it and is gone when its owner is, whatever killed
+it. Others reach it through the owner's entry in /proc, for as long as the owner lives. Linux only.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+
+from orchestrator.errors import LostObjectError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SharedArray:
+    """Where another process of the node finds the bytes.
+
+    Example: ``SharedArray(pid=4711, born=1790000000.12, descriptor=9, num_bytes=404_750_336)``
+    """
+
+    pid: int
+    born: float
+    """When the owner was started, seconds since the epoch: numbers are given anew."""
+    descriptor: int
+    """Of the owner."""
+    num_bytes: int
+
+    def open(self) -> NDArray[np.uint8]:
+        """The bytes, read-only, as they are at each moment.
+
+        Raises:
+            LostObjectError: the owner is dead, or lives where this process cannot see it.
+        """
+        try:
+            if psutil.Process(self.pid).create_time() != self.born:
+                raise ProcessLookupError(self.pid)
+            with open(f"/proc/{self.pid}/fd/{self.descriptor}", "rb") as file:
+                mapped = mmap.mmap(file.fileno(), self.num_bytes, access=mmap.ACCESS_READ)
+        except (OSError, ValueError, psutil.Error) as error:
+            raise LostObjectError(
+                f"the shared memory of process {self.pid} cannot be read: {error or type(error).__name__}"
+            ) from error
+        return np.frombuffer(mapped, np.uint8)
+
+
+class SharedSlots:
+    """Memory of this process for the newest of a series of arrays, and for the one before, which may still be read."""
+
+    def __init__(self) -> None:
+        self._slots: list[tuple[int, NDArray[np.uint8]] | None] = [None, None]
+        self._next = 0
+
+    def take(self, num_bytes: int) -> tuple[NDArray[np.uint8], SharedArray]:
+        """An array to be written, and where others find it; its bytes are those of the one before the last."""
+        known = self._slots[self._next]
+        if known is None or len(known[1]) < num_bytes:
+            if known is not None:
+                os.close(known[0])
+            known = self._slots[self._next] = _allocate(num_bytes)
+        self._next = 1 - self._next
+        descriptor, array = known
+        place = SharedArray(
+            pid=os.getpid(), born=psutil.Process().create_time(), descriptor=descriptor, num_bytes=num_bytes
+        )
+        return array[:num_bytes], place
+
+
+def _allocate(num_bytes: int) -> tuple[int, NDArray[np.uint8]]:
+    descriptor = os.memfd_create("agon-weights")
+    os.ftruncate(descriptor, num_bytes)
+    return descriptor, np.frombuffer(mmap.mmap(descriptor, num_bytes), np.uint8)

@@ -1,0 +1,69 @@
+"""Memory that others of the node read in place, and that leaves nothing behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from orchestrator.errors import LostObjectError
+from orchestrator.shared_memory import SharedArray, SharedSlots
+
+OWNER = textwrap.dedent("""
+    import sys
+    from orchestrator.shared_memory import SharedSlots
+
+    array, place = SharedSlots().take(1 << 20)
+    array[:] = 7
+    print(place.pid, place.born, place.descriptor, place.num_bytes, flush=True)
+    sys.stdin.read()
+""")
+
+
+def written_by_another():
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=os.getcwd()
+    )
+    pid, born, descriptor, size = owner.stdout.readline().split()
+    place = SharedArray(pid=int(pid), born=float(born), descriptor=int(descriptor), num_bytes=int(size))
+    return owner, place
+
+
+def test_another_process_reads_in_place_until_the_owner_is_killed():
+    owner, place = written_by_another()
+    found = place.open()
+    assert found.nbytes == 1 << 20
+    assert (found == 7).all()
+    assert not found.flags.writeable
+    with pytest.raises(LostObjectError, match=f"process {owner.pid} cannot be read"):
+        replace(place, born=place.born - 1).open()  # its number was given anew
+    owner.send_signal(signal.SIGKILL)
+    owner.wait(10)
+    assert (found == 7).all(), "what is open stays"
+    with pytest.raises(LostObjectError, match=f"process {owner.pid} cannot be read"):
+        place.open()
+
+
+def test_slots_keep_the_one_before_and_are_used_again():
+    slots = SharedSlots()
+    first, place = slots.take(100)
+    first[:] = 1
+    reader = place.open()
+    second, _ = slots.take(100)
+    second[:] = 2
+    assert (reader == 1).all(), "the one before may still be read"
+    third, again = slots.take(50)
+    third[:] = 3
+    assert (again.descriptor, again.num_bytes) == (place.descriptor, 50)
+    assert (reader[:50] == 3).all()
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for size in (200, 200, 300, 300, 100):
+        array, place = slots.take(size)
+        array[:] = size % 251
+        assert np.array_equal(place.open(), array)
+    del first, second, third, reader, array
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
