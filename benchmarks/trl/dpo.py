@@ -17,10 +17,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -51,15 +48,8 @@ class Obeys(TrainerCallback):
         print("answer", resident("VmHWM") - self.held if self.command[0] == "memory" else seconds, flush=True)
 
 
-def tokenizer_of(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A token a word: the word of token i is `t<i>`, the end of a sequence is token 1."""
-    words = Tokenizer(WordLevel({f"t{number}": number for number in range(vocabulary)}, unk_token="t0"))
-    words.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0", eos_token="t1", pad_token="t2")
-
-
 def words_of(ids: list[int]) -> str:
-    """Each word ends with a space, so that texts can be put together."""
+    """As the tokenizer has them; each word ends with a space, so that texts can be put together."""
     return "".join(f"t{number} " for number in ids)
 
 
@@ -90,7 +80,7 @@ def main() -> None:
         model=AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32),
         args=config,
         train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer_of(spec["vocabulary"]),
+        processing_class=AutoTokenizer.from_pretrained(spec["model"]),
         callbacks=[Obeys()],
     )
     trainer.train()

@@ -1,0 +1,114 @@
+"""The learner against TRL's `DPOTrainer` on the same pairs, with the same model, reference, loss, optimizer and dtype.
+
+    python -m benchmarks.learner_vs_trl [--trl .venv-trl/bin/python] [--repetitions 5]
+
+A random Llama of 36M parameters with 32,000 tokens, 8 prompts of 256 tokens with one pair each of completions of 64 to
+256, float32, two threads. A step is what both do with a batch: reference forward pass, forward, backward, clip, AdamW.
+Tokens are unique ones: a prompt is counted once, whatever a side computes twice. TRL runs in batches of two pairs, its
+fastest, without gradient checkpointing, as a user starts it and with the allocator settings of our learner's process
+(`tuned`). Memory is the peak within a step above what the process holds between steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from benchmarks.models import VOCABULARY, make_llama
+from benchmarks.report import Comparison, in_turn, of_medians, report
+from benchmarks.sides import KEEPS_MEMORY, Side
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("torch", "transformers")
+PAIRS = 8
+
+
+def make_pairs() -> list[dict[str, list[int]]]:
+    """Random tokens; a completion gets its end of sequence from each side's own code."""
+    random = np.random.default_rng(0)
+
+    def tokens(length: int) -> list[int]:
+        return [int(token) for token in random.integers(3, VOCABULARY, length)]
+
+    def completion() -> list[int]:
+        return tokens(int(random.integers(63, 256)))
+
+    return [{"prompt": tokens(256), "chosen": completion(), "rejected": completion()} for _ in range(PAIRS)]
+
+
+def largest_difference(ours: Path, theirs: Path) -> float:
+    """Of two sets of gradients, relative to the largest entry of each tensor."""
+    mine, other = load_file(ours), load_file(theirs)
+    assert mine.keys() == other.keys(), mine.keys() ^ other.keys()
+    return max(float(np.abs(mine[name] - other[name]).max() / np.abs(other[name]).max()) for name in mine)
+
+
+def main() -> int:
+    """Measures and keeps three ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trl", default=".venv-trl/bin/python", help="Python of an environment that has TRL")
+    parser.add_argument("--repetitions", type=int, default=5)
+    arguments = parser.parse_args()
+    pairs = make_pairs()
+    tokens = sum(len(pair["prompt"]) + len(pair["chosen"]) + len(pair["rejected"]) + 2 for pair in pairs)
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
+        folder = Path(temporary)
+        spec = folder / "spec.json"
+        common = {"lr": 1e-7, "beta": 0.1, "max_grad_norm": 1e9, "threads": 2, "vocabulary": VOCABULARY, "trl_batch": 2}
+        model = make_llama(folder / "model", hidden=512, layers=6, heads=8)
+        spec.write_text(json.dumps(common | {"pairs": pairs, "model": str(model), "folder": str(folder / "out")}))
+        trl = [str(Path(arguments.trl).absolute()), "benchmarks/trl/dpo.py", str(spec)]
+        ours = [sys.executable, "-m", "benchmarks.learner_side", str(spec)]
+        sides = {
+            "agon": stack.enter_context(Side(ours, KEEPS_MEMORY, ROOT)),
+            "TRL": stack.enter_context(Side(trl, {}, ROOT)),
+            "TRL, tuned": stack.enter_context(Side(trl, KEEPS_MEMORY, ROOT)),
+        }
+        for name in ("agon", "TRL"):
+            sides[name].ask(f"gradients {folder / name}")
+        difference = largest_difference(folder / "agon", folder / "TRL")
+        seconds = in_turn({name: partial(side.ask, "step") for name, side in sides.items()}, arguments.repetitions)
+        memory = in_turn({name: partial(sides[name].ask, "memory") for name in ("agon", "TRL")}, arguments.repetitions)
+    rates = {name: [tokens / value for value in values] for name, values in seconds.items()}
+    notes = f"{tokens:,} unique tokens a step; gradients differ by {difference:.1e} of each tensor's largest entry."
+    found = [
+        Comparison(
+            key=key,
+            title=f"A learner's step against TRL's DPOTrainer {title}",
+            unit="unique tokens/s",
+            sides={name: rates[name] for name in ("agon", other)},
+            ratio=of_medians(rates["agon"], rates[other]),
+            least=least,
+            notes=notes,
+        )
+        for key, other, title, least in (
+            ("learner_tokens_vs_trl", "TRL", "as a user starts it", 3.5),
+            ("learner_tokens_vs_tuned_trl", "TRL, tuned", "with the same allocator settings", 2.5),
+        )
+    ]
+    found.append(
+        Comparison(
+            key="learner_memory_vs_trl",
+            title="Peak memory of a learner's step against TRL's DPOTrainer",
+            unit="MiB",
+            sides=memory,
+            ratio=of_medians(memory["agon"], memory["TRL"]),
+            most=0.4,
+            notes=notes,
+        )
+    )
+    if difference > 1e-5:
+        print(f"gradients differ by {difference:.1e}: more than 1e-5")
+    return max([report(one, packages=PACKAGES) for one in found] + [int(difference > 1e-5)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
