@@ -46,6 +46,9 @@ class Engine(Protocol):
     def abort(self, request_ids: Sequence[str]) -> None:
         """Drops requests; unknown ids are ignored. Dropped requests are never returned by `step`."""
 
+    def lengths(self) -> Mapping[str, int]:
+        """New tokens so far of each request that `step` goes on with."""
+
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to do."""
 

@@ -52,13 +52,28 @@ class EngineLoop:
         self._wave_of: dict[str, _Wave] = {}
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
-        self.version: PolicyVersion | None = None
-        """The weights that are loaded; None before the first publication."""
+        self._version: PolicyVersion | None = None
+        self._held: dict[str, list[tuple[int, PolicyVersion]]] = {}
+        """Of each request in flight: from which of its tokens on which weights sampled it."""
         self.generated_completions = 0
         """Since the start."""
         self.generated_tokens = 0
         """Of those completions."""
         self._thread.start()
+
+    @property
+    def version(self) -> PolicyVersion | None:
+        """The weights that are loaded; None before the first publication, and where the last one failed."""
+        return self._version
+
+    def hold(self, version: PolicyVersion | None) -> None:
+        """From the next step on these weights sample, also what is in flight. Called by what `call` runs."""
+        self._version = version
+        if version is not None:
+            lengths = self._engine.lengths()
+            for request_id, held in self._held.items():
+                if held[-1][1] != version:
+                    held.append((lengths.get(request_id, 0), version))
 
     def submit(self, requests: Sequence[GenerationRequest]) -> Future[list[Completion]]:
         """Decodes `requests` together; the completions come in their order."""
@@ -132,7 +147,7 @@ class EngineLoop:
         if not wave.requests:
             wave.future.set_result([])
             return
-        if self.version is None:
+        if self._version is None:
             self._refuse(wave)
             return
         added: list[str] = []
@@ -143,23 +158,26 @@ class EngineLoop:
                 self._engine.add(request)
                 added.append(request.id)
                 self._wave_of[request.id] = wave
+                self._held[request.id] = [(0, self._version)]
         except ValueError as error:
             self._engine.abort(added)
             for request_id in added:
-                del self._wave_of[request_id]
+                del self._wave_of[request_id], self._held[request_id]
             wave.future.set_exception(error)
 
     def _deliver(self, output: EngineOutput) -> None:
-        wave = self._wave_of.pop(output.request_id)
-        if self.version is None:
+        wave, held = self._wave_of.pop(output.request_id), self._held.pop(output.request_id)
+        if self._version is None:
             self._refuse(wave)
             return
+        policy, *switches = _that_sampled(held, len(output.token_ids))
         wave.done[output.request_id] = Completion(
             token_ids=output.token_ids,
             text=output.text,
             logprobs=output.logprobs,
             finish_reason=output.finish_reason,
-            policy=self.version,
+            policy=policy[1],
+            switches=tuple(switches),
         )
         self.generated_completions += 1
         self.generated_tokens += len(output.token_ids)
@@ -176,12 +194,19 @@ class EngineLoop:
             if not wave.future.done():
                 wave.future.set_exception(error)
         self._wave_of.clear()
+        self._held.clear()
         while not self._inbox.empty():
             item = self._inbox.get()
             if isinstance(item, _Wave):
                 item.future.set_exception(error)
             elif item is not None:
                 item()
+
+
+def _that_sampled(held: Sequence[tuple[int, PolicyVersion]], length: int) -> list[tuple[int, PolicyVersion]]:
+    """Without the weights under which no token was sampled; the last ones where there is no token at all."""
+    ends = [min(start, length) for start, _ in held[1:]] + [length]
+    return [one for one, end in zip(held, ends, strict=True) if one[0] < end] or [(0, held[-1][1])]
 
 
 def _settle(future: Future[Result], function: Callable[[], Result]) -> None:

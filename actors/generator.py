@@ -44,7 +44,7 @@ class Generator(Observable):
         with uncollected():
             engine = build_engine(kind, **engine_options)
         self._loop = EngineLoop(engine, on_failure=_die)
-        self._loop.version = fixed_version
+        self._loop.hold(fixed_version)
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
         """Completes `requests`, in their order, as one wave."""
@@ -83,9 +83,10 @@ class Generator(Observable):
         buckets = await asyncio.to_thread(self.receive, publication, deadline_s)
 
         def switch(engine: Engine) -> PolicyVersion:
-            self._loop.version = None
-            self._loop.version = install(engine, publication, buckets, holder=self.name)
-            return self._loop.version
+            self._loop.hold(None)
+            version = install(engine, publication, buckets, holder=self.name)
+            self._loop.hold(version)
+            return version
 
         return await asyncio.wrap_future(self._loop.call(switch))
 
@@ -93,7 +94,7 @@ class Generator(Observable):
         """Runs `WeightReceiver.<method>` (`cluster.weight_transport` nccl or ipc); `update_weights` proves it after."""
 
         def run(engine: Any) -> None:
-            self._loop.version = None
+            self._loop.hold(None)
             getattr(WeightReceiver(engine), method)(payload)
 
         await asyncio.wrap_future(self._loop.call(run))

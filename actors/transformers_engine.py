@@ -131,6 +131,10 @@ class TransformersEngine:
         self._waiting = deque(row for row in self._waiting if row.request.id not in dropped)
         self._keep([index for index, row in enumerate(self._rows) if row.request.id not in dropped])
 
+    def lengths(self) -> Mapping[str, int]:
+        """New tokens so far of each request that `step` goes on with."""
+        return {row.request.id: len(row.token_ids) for row in (*self._rows, *self._waiting)}
+
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to do."""
         return bool(self._rows or self._waiting)

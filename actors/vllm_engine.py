@@ -134,6 +134,11 @@ class VllmEngine:
         self._running -= dropped
         self._finished = [output for output in self._finished if output.request_id not in request_ids]
 
+    def lengths(self) -> Mapping[str, int]:
+        """New tokens so far of each request that `step` goes on with."""
+        states = self._engine.output_processor.request_states.values()
+        return {state.external_req_id: state.detokenizer.num_output_tokens() for state in states}
+
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to do."""
         return bool(self._finished) or bool(self._engine.has_unfinished_requests())

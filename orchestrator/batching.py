@@ -162,7 +162,9 @@ def _as_sampled(pairs: Sequence[PreferencePair], index: NDArray[np.int32]) -> ND
     found: dict[int, tuple[float, ...]] = {}
     sides = ((pair, completion) for pair in pairs for completion in (pair.chosen, pair.rejected))
     for number, (pair, completion) in zip(index.tolist(), sides, strict=True):
-        if completion.policy != pair.reference or len(completion.logprobs) != len(completion.token_ids):
+        if completion.policy != pair.reference or completion.switches:
+            return None
+        if len(completion.logprobs) != len(completion.token_ids):
             return None
         found.setdefault(number, completion.logprobs)
     return np.fromiter(chain.from_iterable(found[number] for number in sorted(found)), np.float32)

@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from actors.search.tree import Node, Tree
 
 _TOKENS, _LOGPROBS = pa.list_(pa.int32()), pa.list_(pa.float64())
-_VERSION = "1"
+_SWITCHES = pa.list_(pa.struct([("token", pa.int32()), ("number", pa.int32()), ("digest", pa.string())]))
+_VERSION = "2"
 
 
 def _column(name: str, kind: Any, doc: str, unit: str = "", *, nullable: bool = False) -> Any:
@@ -67,6 +68,7 @@ def _completion(prefix: str, whose: str) -> list[Any]:
         _column(f"{prefix}finish_reason", pa.string(), f"why {whose} ended: eos, stop, length or aborted"),
         _column(f"{prefix}policy_number", pa.int32(), f"data policy of {whose}: publications before it", "count"),
         _column(f"{prefix}policy_digest", pa.string(), f"data policy of {whose}: xxh3-64 of its weights", "hex"),
+        _column(f"{prefix}switches", _SWITCHES, "newer weights that took over, each from a token on"),
     ]
 
 
@@ -303,6 +305,9 @@ def _completion_row(prefix: str, completion: Completion) -> dict[str, Any]:
         "finish_reason": completion.finish_reason.value,
         "policy_number": completion.policy.number,
         "policy_digest": completion.policy.digest,
+        "switches": [
+            {"token": token, "number": policy.number, "digest": policy.digest} for token, policy in completion.switches
+        ],
     }
     return {prefix + name: value for name, value in row.items()}
 
@@ -362,4 +367,8 @@ def _read_completion(prefix: str, row: dict[str, Any]) -> Completion:
         logprobs=tuple(row[f"{prefix}logprobs"]),
         finish_reason=FinishReason(row[f"{prefix}finish_reason"]),
         policy=PolicyVersion(number=row[f"{prefix}policy_number"], digest=row[f"{prefix}policy_digest"]),
+        switches=tuple(
+            (switch["token"], PolicyVersion(number=switch["number"], digest=switch["digest"]))
+            for switch in row[f"{prefix}switches"]
+        ),
     )

@@ -118,7 +118,9 @@ class Completion:
     """Natural-log probability of each token under the model's own distribution (temperature 1, no truncation)."""
     finish_reason: FinishReason
     policy: PolicyVersion
-    """Data policy: the weights that sampled it."""
+    """Data policy: the weights that sampled it, or that began to."""
+    switches: tuple[tuple[int, PolicyVersion], ...] = ()
+    """Where newer weights took over while it was sampled: the index of the first token of each. None may have."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

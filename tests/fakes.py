@@ -49,6 +49,9 @@ class CountingEngine:
         for request_id in request_ids:
             self.running.pop(request_id, None)
 
+    def lengths(self):
+        return {rid: len(tokens) for rid, (_, tokens) in self.running.items()}
+
     def has_unfinished(self):
         return bool(self.running)
 

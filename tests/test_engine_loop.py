@@ -1,13 +1,15 @@
 """Many callers share one engine; an engine that dies fails all of them, and none waits forever."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from actors.engine_loop import EngineLoop
+from actors.engine_loop import EngineLoop, _that_sampled
 from orchestrator.errors import ActorLostError, PublicationError
 from orchestrator.types import FinishReason, GenerationRequest, PolicyVersion, SamplingParams
 from tests.fakes import CountingEngine
 
-VERSION = PolicyVersion(number=1, digest="0" * 16)
+VERSION, NEXT, LAST = (PolicyVersion(number=number, digest=f"{number:016x}") for number in (1, 2, 3))
 
 
 def request(name, max_tokens=3, prompt=(1,)):
@@ -17,7 +19,7 @@ def request(name, max_tokens=3, prompt=(1,)):
 @pytest.fixture
 def loop():
     loop = EngineLoop(CountingEngine())
-    loop.version = VERSION
+    loop.hold(VERSION)
     yield loop
     loop.stop()
 
@@ -90,7 +92,7 @@ def test_its_owner_is_told_when_the_engine_dies():
     engine, told = CountingEngine(), []
     engine.fail_at_step = 0
     loop = EngineLoop(engine, on_failure=told.append)
-    loop.version = VERSION
+    loop.hold(VERSION)
     with pytest.raises(RuntimeError, match="out of memory"):
         loop.submit([request("a")]).result(5)
     loop.stop()
@@ -114,16 +116,40 @@ def test_nothing_is_answered_before_weights_are_published():
 
 def test_weights_that_fail_in_flight_fail_what_runs(loop):
     def break_weights(engine):
-        loop.version = None
+        loop.hold(None)
 
     wave, _ = loop.call(lambda engine: (loop.submit([request("a", 5)]), loop.call(break_weights))).result(5)
     with pytest.raises(PublicationError, match="no published weights"):
         wave.result(5)
 
 
+def test_a_completion_says_which_weights_sampled_which_of_its_tokens(loop):
+    def switch(engine):
+        loop.hold(None)
+        loop.hold(NEXT)
+        return len(engine.running["long"][1])
+
+    wave, before = loop.call(lambda engine: (loop.submit([request("long", 200)]), loop.call(switch))).result(5)
+    sampled, completion = before.result(5), wave.result(5)[0]
+    assert (completion.policy, completion.switches) == ((VERSION, ((sampled, NEXT),)) if sampled else (NEXT, ()))
+    assert loop.submit([request("later")]).result(5)[0].policy == NEXT
+    assert loop.call(lambda engine: loop._held).result(5) == {}
+
+
+@given(st.lists(st.integers(0, 6), max_size=4).map(sorted), st.integers(0, 6))
+def test_weights_under_which_nothing_was_sampled_are_not_named(starts, length):
+    versions = [PolicyVersion(number=number, digest="0" * 16) for number in range(len(starts) + 1)]
+    held = list(zip([0, *starts], versions, strict=True))
+    expected = [max(version.number for start, version in held if start <= token) for token in range(length)]
+    found = _that_sampled(held, length)
+    assert [max(version.number for start, version in found if start <= token) for token in range(length)] == expected
+    assert len(found) == max(1, len(set(expected)))
+    assert found[0][0] == 0
+
+
 def test_stop_closes_the_engine_and_fails_what_runs():
     loop = EngineLoop(CountingEngine())
-    loop.version = VERSION
+    loop.hold(VERSION)
     wave = loop.submit([request("endless", 10**9)])
     loop.stop()
     with pytest.raises(RuntimeError, match="stopped"):

@@ -26,7 +26,7 @@ class Fragile(Generator):
     def __init__(self, name):
         self.name = name
         self._loop = EngineLoop(DyingEngine())
-        self._loop.version = V1
+        self._loop.hold(V1)
 
 
 class Quiet:
