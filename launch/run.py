@@ -29,6 +29,7 @@ from launch.console import make_console
 from launch.export import export
 from launch.initial_model import prepare_initial_model
 from launch.judge_models import check_judge_model, prepare_judge_model
+from launch.model_files import find_model, fingerprint
 from launch.preflight import preflight
 from orchestrator.disk import disk_error
 from orchestrator.errors import ConfigError, FailureKind, kind_of
@@ -121,12 +122,15 @@ def _lasting(config: Config) -> dict[str, Any]:
 
 
 def _identity(config: Config, verifier: str | None) -> str:
-    """Of the lasting settings and of the files they name: other prompts under the same name make another run."""
+    """Of the lasting settings and of what they name: other prompts or another model make another run."""
     digest = hashlib.sha256(json.dumps([_lasting(config), verifier]).encode())
     task, judge, others = config.task, config.judge, (config.search.rubric, config.learner.replay_path)
     for path in (task.path, task.test_path, judge.rubric, judge.principles, *others):
         if path is not None:
             digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
+    for model, key in ((config.model.path, "model.path"), (judge.model, "judge.model")):
+        if model is not None:
+            digest.update(fingerprint(find_model(model, key)).encode())
     return digest.hexdigest()[:16]
 
 

@@ -271,7 +271,7 @@ class Ledger(LedgerReader):
         if known is not None and known.config_hash != config_hash:
             raise ConfigError(
                 f"{self.path.parent} holds a run with another configuration, or with other content in the files that it"
-                f" names: prompts, rubrics, scorer.function (recipe {known.recipe}, seed {known.seed}, hash"
+                f" names: prompts, models, rubrics, scorer.function (recipe {known.recipe}, seed {known.seed}, hash"
                 f" {known.config_hash}; now {config_hash}): resume it unchanged, or choose another run_dir"
             )
 

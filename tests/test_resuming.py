@@ -14,6 +14,7 @@ from learners.checkpoint import State, write_folder
 from orchestrator.ledger import Ledger, RunStatus
 from orchestrator.summary import build_summary, write_summary
 from orchestrator.types import PolicyVersion
+from tests.models import make_model
 
 CHECKPOINT = "checkpoints/iteration-0002"
 
@@ -89,7 +90,21 @@ def test_a_function_that_was_changed_since(run_dir, monkeypatch, capsys, tmp_pat
         ledger.db.execute("UPDATE run SET config_hash = ?", (_identity(compose(chosen), verifier),))
     module.write_text("def f(prompt, completion, answer):\n    return 0.0\n")
     said = refused(run_dir, monkeypatch, capsys)
-    assert "other content in the files that it names: prompts, rubrics, scorer.function" in said
+    assert "other content in the files that it names: prompts, models, rubrics, scorer.function" in said
+
+
+@pytest.mark.parametrize("key", ["model", "judge.model"])
+def test_another_model_in_the_same_folder_makes_another_run(key, tmp_path):
+    """The reference and the KL would be another's, and nothing else would tell."""
+    make_model("llama", tmp_path / "model")
+    chosen = [f"{key}={tmp_path / 'model'}"] + ["scorer=llm_judge"] * (key != "model")
+    before = _identity(compose(chosen), None)
+    assert _identity(compose(chosen), None) == before
+    path = tmp_path / "model" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert _identity(compose(chosen), None) != before
 
 
 def test_a_prompt_that_moved_from_one_file_to_the_other_makes_another_run(tmp_path):
