@@ -11,6 +11,7 @@ PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 READY := .venv/.ready
+TRL := .venv-trl/.ready
 UV := $(BIN)/uv
 # uv does not read pip's find-links. Where none is set, PyTorch's own CPU index is the place for the CPU build.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
@@ -53,13 +54,21 @@ chaos: $(READY)
 fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz --inputs 1000000 --seed $(SEED)
 
-bench: $(READY)
-	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+bench: $(READY) $(TRL)
+	$(BIN)/python -m benchmarks
+
+# The peer that the learner is compared with, in an environment of its own.
+$(TRL): requirements/trl.txt | $(READY)
+	@$(PYTHON) -m venv .venv-trl
+	@$(UV) pip install --quiet --compile-bytecode --python .venv-trl/bin/python $(TORCH_FROM) -r requirements/trl.txt
+	@touch $@
 
 lock: $(READY)
 	$(COMPILE) --extra cpu -o requirements/cpu.txt
 	$(COMPILE) --extra cpu --extra dev -o requirements/dev.txt
+	$(UV) pip compile requirements/trl.in --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+		--no-emit-index-url --no-emit-find-links --no-annotate --no-header --quiet --upgrade -o requirements/trl.txt
 	env -u UV_FIND_LINKS -u PIP_FIND_LINKS $(COMPILE) --extra gpu -o requirements/gpu.txt
 
 clean:
-	rm -rf .venv build dist *.egg-info .coverage* .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-trl build dist *.egg-info .coverage* .mypy_cache .pytest_cache .ruff_cache

@@ -1,6 +1,6 @@
 """Tokens per second of an optimizer step: packed with shared prompts against ordinary padded rows.
 
-    python benchmarks/learner_throughput.py --out result.json [--dtype bfloat16] [--hidden 1536 --layers 24 ...]
+    python -m benchmarks.learner_throughput --out result.json [--dtype bfloat16] [--hidden 1536 --layers 24 ...]
 
 Both run the same step (log-probs, DPO, backward, clip, AdamW) on the same batch and model with random weights, in
 turn. The unit is *unique* tokens per second: each prompt and completion counted once, whatever a path computes twice.
@@ -13,7 +13,6 @@ import argparse
 import json
 import platform
 import statistics
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +22,6 @@ import numpy as np
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conf.schema import LearnerConfig, LossConfig
 from learners.losses.state import LossState

@@ -1,6 +1,6 @@
 """Peak memory of token log-probs, forward and backward: chunked over the vocabulary against whole logits.
 
-    python benchmarks/logprob_memory.py [--tokens 8192] [--vocabulary 32000] [--hidden 512] [--repeats 3]
+    python -m benchmarks.logprob_memory [--tokens 8192] [--vocabulary 32000] [--hidden 512] [--repeats 3]
 
 Each measurement is a process of its own, the two kinds in turn. Memory is the process's highest resident set during the
 step minus its resident set just before, with inputs already in memory. Linux only. Accepted: ours under a quarter.
@@ -14,18 +14,10 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.resident import resident, settle
+
 ACCEPTED_RATIO = 0.25
-
-
-def resident(field: str) -> float:
-    """VmRSS (now) or VmHWM (highest) of this process, MiB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 def measure(kind: str, tokens: int, vocabulary: int, hidden_size: int, vocab_chunk: int) -> dict[str, float]:
@@ -41,8 +33,7 @@ def measure(kind: str, tokens: int, vocabulary: int, hidden_size: int, vocab_chu
     targets = torch.randint(0, vocabulary, (tokens,))
     (hidden[:64] @ weight[:64].T).sum().backward()  # threads and buffers of the matrix product exist from here on
     hidden.grad = weight.grad = None
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    before, start = resident("VmRSS"), time.perf_counter()
+    before, start = settle(), time.perf_counter()
     if kind == "chunked":
         logprobs = ChunkedLogprobs.apply(hidden, weight, None, targets, vocab_chunk, False)[0]  # type: ignore[no-untyped-call]
     else:
@@ -66,14 +57,13 @@ def main() -> int:
     parser.add_argument("--kind", choices=("chunked", "whole"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.kind:
-        sys.path.insert(0, str(ROOT))
         shape = (arguments.tokens, arguments.vocabulary, arguments.hidden, arguments.vocab_chunk)
         print(json.dumps(measure(arguments.kind, *shape)))
         return 0
     results: dict[str, list[dict[str, float]]] = {"chunked": [], "whole": []}
     for _ in range(arguments.repeats):
         for kind, runs in results.items():
-            command = [sys.executable, __file__, *sys.argv[1:], "--kind", kind]
+            command = [sys.executable, "-m", "benchmarks.logprob_memory", *sys.argv[1:], "--kind", kind]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             runs.append(json.loads(output))
     print(f"{arguments.tokens} tokens x {arguments.vocabulary} vocabulary, hidden {arguments.hidden}, fp32")
