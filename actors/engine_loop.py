@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from actors.engine import EngineOutput
 from orchestrator.errors import ActorLostError, PublicationError
+from orchestrator.spans import Spans
 from orchestrator.types import Completion, FinishReason, GenerationRequest, PolicyVersion
 
 if TYPE_CHECKING:
@@ -43,10 +44,17 @@ class EngineLoop:
     Args:
         engine: driven by this loop alone from now on.
         on_failure: called when the engine dies, after every caller has been told.
+        spans: where it notes when it decodes and when it does what it was called for.
     """
 
-    def __init__(self, engine: Engine, on_failure: Callable[[BaseException], None] | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        on_failure: Callable[[BaseException], None] | None = None,
+        spans: Spans | None = None,
+    ) -> None:
         self._engine = engine
+        self._spans = spans or Spans()
         self._on_failure = on_failure
         self._inbox: queue.SimpleQueue[_Wave | Callable[[], None] | None] = queue.SimpleQueue()
         self._wave_of: dict[str, _Wave] = {}
@@ -81,12 +89,13 @@ class EngineLoop:
         self._post(_Wave(requests=tuple(requests), future=future), future)
         return future
 
-    def call(self, function: Callable[[Engine], Result]) -> Future[Result]:
-        """Runs `function(engine)` between two steps."""
+    def call(self, function: Callable[[Engine], Result], what: str = "other") -> Future[Result]:
+        """Runs `function(engine)` between two steps; `what` it does is noted."""
         future: Future[Result] = Future()
 
         def job() -> None:
-            _settle(future, lambda: function(self._engine))
+            with self._spans.during(what):
+                _settle(future, lambda: function(self._engine))
 
         self._post(job, future)
         return future
@@ -119,8 +128,10 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             while self._take_inbox():
-                for output in self._engine.step() if self._engine.has_unfinished() else ():
-                    self._deliver(output)
+                if self._engine.has_unfinished():
+                    with self._spans.during("decode"):
+                        for output in self._engine.step():
+                            self._deliver(output)
             self._fail(RuntimeError("the engine was stopped"))
         except BaseException as error:  # noqa: BLE001 - an engine that dies must fail its callers, whatever killed it
             self._fail(ActorLostError(f"its engine died: {type(error).__name__}: {error}"))

@@ -43,7 +43,7 @@ class Generator(Observable):
         self.name = name
         with uncollected():
             engine = build_engine(kind, **engine_options)
-        self._loop = EngineLoop(engine, on_failure=_die)
+        self._loop = EngineLoop(engine, on_failure=_die, spans=self.spans)
         self._loop.hold(fixed_version)
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
@@ -62,7 +62,7 @@ class Generator(Observable):
                 raise PublicationError(f"{self.name} holds no published weights to score with")
             return engine.score(sequences)
 
-        return await asyncio.wrap_future(self._loop.call(run))
+        return await asyncio.wrap_future(self._loop.call(run, "score"))
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         """Gives requests up; they come back as aborted completions."""
@@ -88,7 +88,7 @@ class Generator(Observable):
             self._loop.hold(version)
             return version
 
-        return await asyncio.wrap_future(self._loop.call(switch))
+        return await asyncio.wrap_future(self._loop.call(switch, "load weights"))
 
     async def transfer(self, method: str, payload: dict[str, Any]) -> None:
         """Runs `WeightReceiver.<method>` (`cluster.weight_transport` nccl or ipc); `update_weights` proves it after."""
@@ -97,7 +97,7 @@ class Generator(Observable):
             self._loop.hold(None)
             getattr(WeightReceiver(engine), method)(payload)
 
-        await asyncio.wrap_future(self._loop.call(run))
+        await asyncio.wrap_future(self._loop.call(run, "load weights"))
 
     def receive(self, publication: Publication, deadline_s: float) -> list[NDArray[np.uint8]]:
         """The publication's bytes, read in place from shared memory or the object store."""

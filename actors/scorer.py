@@ -26,7 +26,7 @@ class ScorerActor(Observable):
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
         """One scored group for each group, in order."""
-        with self._busy:
+        with self._busy, self.spans.during("score"):
             return [self._scorer.score(group) for group in groups]
 
     def ready(self) -> int:

@@ -127,6 +127,20 @@ def status(
 
 
 @app.command()
+def profile(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One object.")] = False,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write all of it in Chrome's trace format, for Perfetto.")
+    ] = None,
+) -> None:
+    """Show where each actor's time went: working at what, waiting in which stage."""
+    from launch.profile import profile as describe
+
+    echo(describe(run_dir, as_json=as_json, trace=trace))
+
+
+@app.command()
 def audit(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
     """Check that a run lost nothing and did nothing twice. Exit code 1: it did."""
     from launch.audit import audit as check

@@ -14,6 +14,7 @@ from orchestrator.archive import Archive
 from orchestrator.collecting import SampleCollector
 from orchestrator.context import Context
 from orchestrator.learning import Learning
+from orchestrator.profiling import Profile
 from orchestrator.publisher import Publisher
 from orchestrator.rollouts import Rollouts
 from orchestrator.searching import TreeCollector
@@ -93,6 +94,7 @@ def build_context(
         ledger=ledger,
         accounts=accounts,
         tracker=tracker,
+        profile=Profile(inputs.run_dir),
         emit=emit,
     )
 

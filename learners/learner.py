@@ -150,7 +150,10 @@ class Learner(Observable):
 
     def _update(self, batch: PreferenceBatch) -> UpdateResult:
         try:
-            return self._trainer.update(self._trainer.annotate(batch))
+            with self.spans.during("reference"):
+                annotated = self._trainer.annotate(batch)
+            with self.spans.during("step"):
+                return self._trainer.update(annotated)
         except TrainingError as error:
             raise TrainingError(str(error), (*self._results.values(), *error.results)) from error
 
@@ -178,7 +181,7 @@ class Learner(Observable):
         Raises:
             DeadlineError: a receiver has not got them within `deadline_s`.
         """
-        with self._busy:
+        with self._busy, self.spans.during("publish"):
             self._trainer.version = number
             tensors, buckets, shared = self._trainer.named_tensors(), (), None
             if self._transport != "object_store":
@@ -233,14 +236,14 @@ class Learner(Observable):
 
     def kl_to_initial(self, samples: Sequence[tuple[Prompt, Completion]]) -> float:
         """KL(policy || initial model) per completion, nats, estimated on completions the policy sampled."""
-        with self._busy:
+        with self._busy, self.spans.during("KL"):
             return self._trainer.kl_to_initial(samples)
 
     def reference_logprobs(
         self, sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
     ) -> list[NDArray[np.float32]] | None:
         """See `Trainer.reference_logprobs`."""
-        with self._busy:
+        with self._busy, self.spans.during("reference"):
             return self._trainer.reference_logprobs(sequences)
 
     def save(self, folder: str) -> None:
@@ -273,7 +276,7 @@ class Learner(Observable):
         write_model(model_dir, checkpoint, dtype, folder)
 
     def _copied_state(self) -> State:
-        with self._busy:
+        with self._busy, self.spans.during("copy state"):
             return self._trainer.state().copy()
 
     def _probe(self) -> Probe:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from orchestrator.judging import Judge
     from orchestrator.learning import Learning
     from orchestrator.ledger import Ledger
+    from orchestrator.profiling import Profile
     from orchestrator.prompts import PromptStream
     from orchestrator.publisher import Publisher
     from orchestrator.rollouts import Rollouts
@@ -52,6 +53,7 @@ class Context:
     ledger: Ledger
     accounts: Accounts
     tracker: Tracker
+    profile: Profile
     emit: Emit
     _tokens: int = 0
     _latest: dict[str, tuple[float, int]] = field(default_factory=dict)

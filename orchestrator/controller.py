@@ -67,10 +67,12 @@ class Controller:
             self._continue_from(last, checkpoint)
         else:
             self._begin()
+        context.profile.note()
         for number in range(len(self._versions), config.pipeline.iterations + 1):
             self._check_progress()
             reference = reference_version(config.reference.kind, config.reference.ema_decay, self._versions)
             self._versions.append(Iteration(context, number, self._versions[-1], reference).run())
+            context.profile.note()
         self._check_progress()
 
     def _check_progress(self) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import ray
 
+from orchestrator.spans import Span, Spans
+
 _PROJECT = str(Path(__file__).parent.parent) + os.sep
 _FRAMES = 20
 """Innermost frames of one thread that are shown."""
@@ -45,6 +47,16 @@ class Observable:
     def stack(self) -> str:
         """See `stacks`."""
         return stacks()
+
+    @property
+    def spans(self) -> Spans:
+        """What it notes of its work."""
+        noted: Spans = self.__dict__.setdefault("_spans", Spans())
+        return noted
+
+    def take_spans(self) -> list[Span]:
+        """What it did since this was asked last."""
+        return self.spans.take()
 
 
 def stacks() -> str:

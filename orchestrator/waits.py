@@ -89,6 +89,12 @@ def forget(actor: Any) -> None:
         _peers.pop(_id_of(actor), None)
 
 
+def acquainted() -> list[Peer]:
+    """All actors that this process has started and not given up."""
+    with _lock:
+        return list(_peers.values())
+
+
 def owners(refs: Collection[Any]) -> list[Peer]:
     """The known actors whose answers `refs` are, each once, by name."""
     ids = {ref.task_id().actor_id().hex() for ref in list(refs)}

@@ -30,7 +30,7 @@ LAYERS = [
         [
             *("orchestrator.remote", "orchestrator.queues", "orchestrator.pools", "orchestrator.weights"),
             *("orchestrator.dispatch", "orchestrator.slots", "orchestrator.stacks", "orchestrator.startup"),
-            "orchestrator.shared_memory",
+            *("orchestrator.shared_memory", "orchestrator.spans"),
             *("orchestrator.store", "orchestrator.ledger", "orchestrator.tracking", "orchestrator.summary"),
             *("orchestrator.accounts", "orchestrator.archive"),
         ],

@@ -16,6 +16,7 @@ from actors.generator import Generator
 from conf.compose import compose
 from launch.audit import audit
 from launch.export import export
+from launch.profile import profile
 from launch.run import run
 from learners.checkpoint import Checkpoint
 from orchestrator.errors import ConfigError, ModelError
@@ -104,6 +105,14 @@ def test_records_of_a_run_say_where_they_come_from(finished):
     first = next(line for line in steps if line["iteration"] == 1)
     assert first["step/margin"] == pytest.approx(0, abs=1e-5), "the first step starts from the reference"
     assert first["step/loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+def test_each_actor_notes_what_it_did(finished):
+    actors = json.loads(profile(finished, as_json=True))["actors"]
+    for name, kinds in (("generator-0", {"decode", "load weights"}), ("learner", {"step", "publish", "copy state"})):
+        assert kinds <= actors[name]["working"].keys()
+        assert actors[name]["waiting"]["promote"] > 0
+    assert "score" in actors["verifier-0"]["working"]
 
 
 def test_the_same_seed_gives_the_same_pairs_and_weights(folder, finished, tmp_path):

@@ -1,0 +1,160 @@
+"""`agon profile RUN`: where each actor's time went, from the ledger's stages and `profile.jsonl`."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.errors import DataError
+from orchestrator.files import atomic_file, dump_json
+from orchestrator.ledger import LedgerReader
+from orchestrator.profiling import FILE_NAME, read_profile
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from orchestrator.ledger import PhaseRecord
+
+Stretch = tuple[str, float, float]
+"""A kind of work or a stage, its start and its end, in seconds since the epoch."""
+
+_WIDTH = 96
+_SHOWN_ITERATIONS = 3
+_IDLE = "."
+
+
+def profile(run: Path, *, as_json: bool = False, trace: Path | None = None) -> str:
+    """Shares of each actor's time and a timeline for people, or one JSON object.
+
+    Args:
+        run: a run folder.
+        as_json: the latter.
+        trace: a file to write all spans to, in Chrome's trace format, which Perfetto opens.
+
+    Raises:
+        DataError: the folder holds no run, or one that has noted nothing.
+    """
+    with LedgerReader(run) as ledger:
+        stages = [_stretch(phase) for phase in ledger.phases() if phase.seconds is not None]
+        latest = [_stretch(phase) for phase in _latest(ledger.phases()) if phase.seconds is not None]
+    actors: dict[str, list[Stretch]] = defaultdict(list)
+    for line in read_profile(run):
+        actors[line["actor"]] += [(what, start, start + seconds) for what, start, seconds in line["spans"]]
+    if not actors or not stages:
+        raise DataError(f"{run}: nothing was noted yet: {FILE_NAME} is written at the end of each iteration")
+    if trace is not None:
+        _write_trace(trace, {"controller": stages, **actors})
+    shares = {name: _shares(spans, stages) for name, spans in sorted(actors.items())}
+    if as_json:
+        return dump_json({"run": str(run), "seconds": _total(stages), "actors": shares}, indent=2)
+    return "\n".join([*_table(shares, _total(stages)), "", *_timeline(latest, dict(sorted(actors.items())))])
+
+
+def _stretch(phase: PhaseRecord) -> Stretch:
+    return phase.phase, phase.started, phase.started + (phase.seconds or 0.0)
+
+
+def _latest(phases: Sequence[PhaseRecord]) -> list[PhaseRecord]:
+    done = max((phase.iteration for phase in phases if phase.seconds is not None), default=0)
+    return [phase for phase in phases if phase.iteration > done - _SHOWN_ITERATIONS]
+
+
+def _total(stages: Iterable[Stretch]) -> float:
+    return sum(end - start for _, start, end in stages)
+
+
+def _shares(spans: Sequence[Stretch], stages: Sequence[Stretch]) -> dict[str, dict[str, float]]:
+    """Seconds of each kind of work, and seconds of waiting in each stage.
+
+    Work that overlaps (a checkpoint is written while training goes on) counts in each of its kinds, and once against
+    waiting.
+    """
+    working: dict[str, float] = defaultdict(float)
+    for what, start, end in spans:
+        working[what] += end - start
+    busy = _union(spans)
+    waiting: dict[str, float] = defaultdict(float)
+    for stage, start, end in stages:
+        waiting[stage] += (end - start) - sum(max(0.0, min(end, until) - max(start, since)) for since, until in busy)
+    return {
+        "working": _longest_first(working),
+        "waiting": {stage: seconds for stage, seconds in _longest_first(waiting).items() if seconds > 0},
+    }
+
+
+def _longest_first(seconds: dict[str, float]) -> dict[str, float]:
+    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
+
+
+def _union(spans: Iterable[Stretch]) -> list[tuple[float, float]]:
+    """The times that any of the spans cover, without overlaps."""
+    covered: list[tuple[float, float]] = []
+    for _, start, end in sorted(spans, key=lambda span: span[1]):
+        if covered and start <= covered[-1][1]:
+            covered[-1] = covered[-1][0], max(covered[-1][1], end)
+        else:
+            covered.append((start, end))
+    return covered
+
+
+def _table(shares: dict[str, dict[str, dict[str, float]]], total: float) -> list[str]:
+    width = max(map(len, shares))
+    lines = [f"of {total:.1f} s in stages", ""]
+    for name, kinds in shares.items():
+        described = [
+            ", ".join(f"{what} {seconds / total:.0%}" for what, seconds in kinds[kind].items() if seconds > total / 200)
+            for kind in ("working", "waiting")
+        ]
+        lines.append(f"{name:{width}}  works: {described[0] or 'never'}")
+        lines.append(f"{'':{width}}  waits in: {described[1] or 'none'}")
+    return lines
+
+
+def _timeline(stages: Sequence[Stretch], actors: dict[str, list[Stretch]]) -> list[str]:
+    """A row for the stages and one for each actor; each column is what filled most of its time."""
+    if not stages:
+        return []
+    start, end = min(since for _, since, _ in stages), max(until for _, _, until in stages)
+    rows = {"stage": stages, **actors}
+    width = max(map(len, rows))
+    kinds = dict.fromkeys(what for spans in rows.values() for what, since, until in spans if until > start < end)
+    letters = _letters(kinds)
+    lines = [f"the last {end - start:.1f} s, a column {(end - start) / _WIDTH:.2g} s"]
+    for name, spans in rows.items():
+        lines.append(f"{name:{width}}  {''.join(_columns(spans, start, (end - start) / _WIDTH, letters))}")
+    legend = ", ".join(f"{letter} {what}" for what, letter in letters.items())
+    return [*lines, f"{'':{width}}  {legend}, {_IDLE} waiting"]
+
+
+def _columns(spans: Sequence[Stretch], start: float, column_s: float, letters: dict[str, str]) -> Iterable[str]:
+    for index in range(_WIDTH):
+        since, until = start + index * column_s, start + (index + 1) * column_s
+        filled: dict[str, float] = defaultdict(float)
+        for what, begun, ended in spans:
+            if (overlap := min(until, ended) - max(since, begun)) > 0:
+                filled[what] += overlap
+        what, seconds = max(filled.items(), key=lambda item: item[1], default=("", 0.0))
+        yield letters[what] if seconds > column_s / 4 else _IDLE
+
+
+def _letters(kinds: Iterable[str]) -> dict[str, str]:
+    """A letter for each kind, of its name where one is free."""
+    letters: dict[str, str] = {}
+    for kind in kinds:
+        candidates = [*kind.replace(" ", ""), *kind.upper().replace(" ", ""), *"0123456789"]
+        letters[kind] = next(letter for letter in candidates if letter not in letters.values())
+    return letters
+
+
+def _write_trace(path: Path, rows: dict[str, list[Stretch]]) -> None:
+    events: list[dict[str, Any]] = []
+    for number, (name, spans) in enumerate(rows.items()):
+        events.append({"name": "thread_name", "ph": "M", "pid": 0, "tid": number, "args": {"name": name}})
+        events += [
+            {"name": what, "ph": "X", "pid": 0, "tid": number, "ts": start * 1e6, "dur": (end - start) * 1e6}
+            for what, start, end in spans
+        ]
+    with atomic_file(path) as file:
+        file.write(json.dumps({"traceEvents": events}).encode())

@@ -1,0 +1,70 @@
+"""`<run>/profile.jsonl`: what each actor of a run did when; `agon profile` draws it.
+
+One JSON object a line: `actor`, `role`, and `spans`, each [kind of work, start in seconds since the epoch, seconds]. It
+is a help for people and nothing counts on it: spans of an actor that died before it was asked are missing.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from orchestrator.files import cut_torn_line, dump_json
+from orchestrator.remote import DEATHS
+from orchestrator.waits import acquainted
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from orchestrator.spans import Span
+    from orchestrator.waits import Peer
+
+FILE_NAME = "profile.jsonl"
+_ANSWER_S = 1.0
+"""Who does not answer within so long is asked again the next time."""
+
+
+class Profile:
+    """Keeps what the actors of this process did.
+
+    Args:
+        run_dir: the run folder; it exists.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / FILE_NAME
+        if self._path.exists():
+            cut_torn_line(self._path)
+        self._owed: dict[Any, Peer] = {}
+
+    def note(self) -> None:
+        """Asks every actor that is up for its spans, and writes them."""
+        busy = {peer.name for peer in self._owed.values()}
+        for peer in acquainted():
+            if peer.where is not None and peer.name not in busy:
+                self._owed[peer.actor.take_spans.remote()] = peer
+        if not self._owed:
+            return
+        answered, _ = ray.wait(list(self._owed), num_returns=len(self._owed), timeout=_ANSWER_S)
+        lines = [self._line(self._owed.pop(ref), ref) for ref in answered]
+        with self._path.open("a", encoding="utf-8") as file:
+            file.writelines(line for line in lines if line)
+
+    def _line(self, peer: Peer, ref: Any) -> str:
+        try:
+            spans: list[Span] = ray.get(ref)
+        except DEATHS:
+            return ""  # whoever waits for its work notices; here nothing is lost but a picture
+        if not spans:
+            return ""
+        rows = [[span.what, span.start, span.seconds] for span in spans]
+        return dump_json({"actor": peer.name, "role": peer.role, "spans": rows}) + "\n"
+
+
+def read_profile(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's profile, oldest first; none where nothing was noted. A torn last line is left out."""
+    path = run_dir / FILE_NAME
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,93 @@
+"""Where time went: spans add up, waiting is what no span covers, and a run can be drawn from its folder."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launch.profile import _shares, _union, profile
+from orchestrator.errors import DataError
+from orchestrator.ledger import Ledger
+from orchestrator.profiling import FILE_NAME
+from orchestrator.spans import Span, Spans
+
+
+def test_short_pauses_do_not_part_spans_and_each_is_taken_once():
+    spans = Spans()
+    for what, start in (("decode", 0.0), ("decode", 1.01), ("load weights", 2.0), ("decode", 3.0), ("decode", 4.5)):
+        spans._note(Span(what=what, start=start, seconds=1.0))
+    assert spans.take() == [
+        Span(what="decode", start=0.0, seconds=2.01),
+        Span(what="load weights", start=2.0, seconds=1.0),
+        Span(what="decode", start=3.0, seconds=1.0),
+        Span(what="decode", start=4.5, seconds=1.0),
+    ]
+    assert spans.take() == []
+
+
+def test_work_that_raises_is_noted_and_old_spans_give_way():
+    spans = Spans(limit=2)
+    for what in "abc":
+        with pytest.raises(ZeroDivisionError), spans.during(what):
+            1 / 0  # noqa: B018
+    assert [span.what for span in spans.take()] == ["b", "c"]
+
+
+STRETCHES = st.lists(
+    st.tuples(st.sampled_from("abc"), st.integers(0, 30), st.integers(0, 10)).map(lambda s: (s[0], s[1], s[1] + s[2])),
+    max_size=8,
+)
+
+
+@given(STRETCHES)
+def test_the_union_covers_the_same_seconds(spans):
+    covered = {second for _, start, end in spans for second in range(start, end)}
+    union = _union(spans)
+    assert {second for start, end in union for second in range(start, end)} == covered
+    assert sum(end - start for start, end in union) == len(covered)
+
+
+@given(STRETCHES)
+def test_work_and_waiting_make_up_the_stages(spans):
+    stages = [("collect", 0, 20), ("train", 20, 50)]
+    shares = _shares(spans, stages)
+    covered = {second for _, start, end in spans for second in range(start, end)}
+    for stage, start, end in stages:
+        assert shares["waiting"].get(stage, 0) == len(set(range(start, end)) - covered)
+    assert sum(shares["working"].values()) == sum(end - start for _, start, end in spans)
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    with Ledger(tmp_path) as ledger:
+        for start, name in ((0, "collect"), (8, "train")):
+            ledger.start_phase(1, name)
+            ledger.finish_phase(1, name, seconds=8 if name == "collect" else 2)
+            ledger.db.execute("UPDATE phases SET started = ? WHERE phase = ?", (1000 + start, name))
+    lines = [
+        {"actor": "generator-0", "role": "generator", "spans": [["decode", 1000, 6.0]]},
+        {"actor": "learner", "role": "learner", "spans": [["step", 1008, 1.0], ["step", 1009, 1.0]]},
+    ]
+    (tmp_path / FILE_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"actor": "torn')
+    return tmp_path
+
+
+def test_a_run_is_drawn(run_dir):
+    text = profile(run_dir, trace=run_dir / "trace.json")
+    assert "of 10.0 s in stages" in text
+    assert "generator-0  works: decode 60%\n             waits in: collect 20%, train 20%" in text
+    assert "learner      works: step 20%\n             waits in: collect 80%" in text
+    rows = dict(line.split(maxsplit=1) for line in text.splitlines()[-4:-1])
+    assert rows["stage"].count("c") == pytest.approx(0.8 * 96, abs=1)
+    assert rows["generator-0"] == "d" * 58 + "." * 38
+    assert rows["learner"] == "." * 77 + "s" * 19
+    assert json.loads(profile(run_dir, as_json=True))["actors"]["learner"]["working"] == {"step": 2.0}
+    events = json.loads((run_dir / "trace.json").read_text())["traceEvents"]
+    assert [event["name"] for event in events if event["ph"] == "X"] == ["collect", "train", "decode", "step", "step"]
+
+
+def test_what_has_noted_nothing_is_said(run_dir):
+    (run_dir / FILE_NAME).unlink()
+    with pytest.raises(DataError, match="nothing was noted yet"):
+        profile(run_dir)
