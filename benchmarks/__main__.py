@@ -10,7 +10,7 @@ import argparse
 import subprocess
 import sys
 
-SCRIPTS = ("queue_bandwidth", "generation", "learner_vs_trl", "logprob_memory", "learner_throughput")
+SCRIPTS = ("queue_bandwidth", "publication", "generation", "learner_vs_trl", "logprob_memory", "learner_throughput")
 
 
 def main() -> int:

@@ -1,0 +1,87 @@
+"""Publishing 100M parameters to a generator of the same node, proof included, against copying the bytes once.
+
+    python -m benchmarks.publication
+
+`agon` is all that stands between a learner's last step and a generator that answers with the new weights: copy with
+checksums, load, read back, compare, a forward pass of both on a probe sequence. `memcpy` copies the same bytes from one
+array to another, both touched before. `without probe` leaves out the two forward passes.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from actors.generator import Generator
+from benchmarks.models import make_llama
+from benchmarks.report import Comparison, in_turn, of_medians, report, seconds
+from benchmarks.sides import KEEPS_MEMORY
+from conf.compose import compose
+from launch.placement import start_learner, start_ray
+from orchestrator.types import PolicyVersion
+
+WAIT_S = 600.0
+PROBE = tuple(range(3, 67))
+
+
+def start_actors(model: Path, probe: tuple[int, ...]) -> tuple[Any, Any]:
+    """A learner and a generator of a run."""
+    config = compose([f"model={model}", "learner.num_threads=2"])
+    learner = start_learner(config, model_dir=str(model), probe_token_ids=probe, seeds=())
+    options = {"dtype": "float32", "max_length": 256, "max_num_seqs": 8, "kv_cache_mb": 256}
+    rest = {"gpu_memory_utilization": 0.9, "tensor_parallel_size": 1, "seed": 0, "model_dir": str(model)}
+    environment = {"env_vars": KEEPS_MEMORY | {"OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"}}
+    generator = (
+        ray.remote(Generator)
+        .options(num_cpus=1, runtime_env=environment)
+        .remote("generator-0", "vllm", options | rest, PolicyVersion(number=0, digest="0" * 16))
+    )
+    ray.get([learner.ready.remote(), generator.ready.remote()], timeout=WAIT_S)
+    return learner, generator
+
+
+def publish(learner: Any, generator: Any, node: str) -> None:
+    """What `Publisher.publish` waits for."""
+    publication = ray.get(learner.publish.remote(1, [generator], [node], WAIT_S), timeout=WAIT_S)
+    ray.get(generator.update_weights.remote(publication, WAIT_S), timeout=WAIT_S)
+
+
+def main() -> int:
+    """Measures and keeps the ratio."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_llama(Path(folder) / "model", hidden=768, layers=10, heads=12)
+        size = (model / "model.safetensors").stat().st_size
+        start_ray(compose(["cluster.num_cpus=4", "cluster.object_store_mb=256"]))
+        node = ray.get_runtime_context().get_node_id()
+        whole, bare = (start_actors(model, probe) for probe in (PROBE, PROBE[:1]))
+        source, target = np.ones(size, np.uint8), np.zeros(size, np.uint8)
+        taken = in_turn(
+            {
+                "agon": partial(seconds, partial(publish, *whole, node)),
+                "without probe": partial(seconds, partial(publish, *bare, node)),
+                "memcpy": partial(seconds, partial(np.copyto, target, source)),
+            },
+            repetitions=7,
+        )
+        ray.shutdown()
+    return report(
+        Comparison(
+            key="publication_vs_memcpy",
+            title="Publication of weights on one node against one copy of the bytes",
+            unit="s",
+            sides=taken,
+            ratio=of_medians(taken["agon"], taken["memcpy"]),
+            most=2.5,
+            notes=f"{size / 2**20:.0f} MiB in float32, one generator, a probe of {len(PROBE)} tokens.",
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
