@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import xxhash
@@ -12,7 +12,7 @@ from orchestrator.remote import fetch
 from orchestrator.types import PolicyVersion
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from orchestrator.accounts import Accounts
     from orchestrator.rollouts import Roles
@@ -30,7 +30,7 @@ class Publisher:
         self._deadline_s = deadline_s
         self._current: Publication | None = None
         self._shares = True
-        """Whether memory of the learner's node is tried; not any more once somebody could not read it."""
+        """Whether memory of the learner's node is tried; not any more once the learner lived and nobody could read it."""
         roles.generators.on_start = self._bring_up_to_date
 
     @property
@@ -53,26 +53,34 @@ class Publisher:
         return version
 
     def _publish(self, number: int) -> PolicyVersion:
-        publication = self._current = self._send(number)
-        with self._noting_unreadable(publication):
+        def load(publication: Publication) -> None:
             self._roles.generators.broadcast(
                 lambda actor: actor.update_weights.remote(publication, self._deadline_s),
                 what=f"load weights {publication.version}",
                 deadline_s=self._deadline_s,
                 knob=_KNOB,
             )
-        return publication.version
 
-    @contextmanager
-    def _noting_unreadable(self, publication: Publication) -> Iterator[None]:
-        """Shared memory that cannot be read died with its learner, or a container hides it: it is not tried again."""
+        return self._send_to(load, number).version
+
+    def _send_to(self, load: Callable[[Publication], None], number: int) -> Publication:
+        """Through shared memory; where that cannot be read (a container may hide it), another way from then on.
+
+        Raises:
+            ActorLostError: the learner died, and its memory with it.
+        """
+        publication = self._current = self._send(number, share=self._shares)
         try:
-            yield
+            load(publication)
         except LostObjectError:
-            self._shares = self._shares and publication.shared is None
-            raise
+            if publication.shared is None:
+                raise
+            publication = self._current = self._send(number, share=False)
+            load(publication)
+            self._shares = False
+        return publication
 
-    def _send(self, number: int) -> Publication:
+    def _send(self, number: int, *, share: bool) -> Publication:
         learner, generators = self._roles.learner, self._roles.generators
         # Whoever died since they were asked last is replaced first: NCCL waits for all whom it was told of.
         generators.broadcast(
@@ -80,7 +88,7 @@ class Publisher:
         )
         publication: Publication = fetch(
             learner.actor.publish.remote(
-                number, generators.actors, generators.nodes if self._shares else None, self._deadline_s
+                number, generators.actors, generators.nodes if share else None, self._deadline_s
             ),
             what=f"learner: publish weights v{number}",
             deadline_s=self._deadline_s,
@@ -102,17 +110,15 @@ class Publisher:
             self._update(actor, self._current)
         except LostObjectError:
             number = self._current.version.number
-            self._current = self._roles.learner.surviving(lambda: self._send(number))
-            self._update(actor, self._current)
+            self._roles.learner.surviving(lambda: self._send_to(partial(self._update, actor), number))
 
     def _update(self, actor: Any, publication: Publication) -> None:
-        with self._noting_unreadable(publication):
-            fetch(
-                actor.update_weights.remote(publication, self._deadline_s),
-                what="generator: bring up to date",
-                deadline_s=self._deadline_s,
-                knob=_KNOB,
-            )
+        fetch(
+            actor.update_weights.remote(publication, self._deadline_s),
+            what="generator: bring up to date",
+            deadline_s=self._deadline_s,
+            knob=_KNOB,
+        )
 
 
 def reference_version(kind: str, decay: float, versions: Sequence[PolicyVersion]) -> PolicyVersion:

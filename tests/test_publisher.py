@@ -1,0 +1,109 @@
+"""Weights find another way where memory cannot be shared, and only there."""
+
+import os
+import subprocess
+
+import pytest
+import ray
+
+from orchestrator.errors import ActorLostError, LostObjectError
+from orchestrator.publisher import Publisher
+from orchestrator.rollouts import Roles
+from orchestrator.shared_memory import SharedSlots
+from orchestrator.types import PolicyVersion
+from orchestrator.weights import Probe, Publication
+
+PROBE = Probe(token_ids=(), logprobs=(), tolerance=0.0)
+
+
+def publication(number, *, shared):
+    version = PolicyVersion(number=number, digest="0" * 16)
+    return Publication(version=version, records=(), buckets=() if shared else (b"",), probe=PROBE, shared=shared)
+
+
+class FakeLearner:
+    """Shares memory that is there or, as in a container of its own, that others do not see."""
+
+    def __init__(self, hidden):
+        self.hidden, self.asked, self.slots = hidden, [], SharedSlots()
+
+    def publish(self, number, receivers, nodes, deadline_s):
+        self.asked.append(nodes)
+        _, place = self.slots.take(8)
+        if self.hidden:
+            done = subprocess.Popen(["true"])
+            done.wait()
+            place = type(place)(pid=done.pid, born=0.0, descriptor=0, num_bytes=8)
+        return publication(number, shared=place if nodes else None)
+
+    def asked_for(self):
+        return self.asked
+
+    def die(self):
+        os._exit(1)
+
+
+class FakeGenerator:
+    def update_weights(self, published, deadline_s):
+        if published.shared is not None:
+            published.shared.open()
+
+    def ready(self):
+        return 0
+
+
+class Pool:
+    """As much of an `ActorPool` as a publisher needs."""
+
+    def __init__(self):
+        self.actors, self.nodes = [ray.remote(num_cpus=0)(FakeGenerator).remote()], ["node"]
+
+    def broadcast(self, call, *, what, deadline_s, knob):
+        from orchestrator.remote import fetch
+
+        return [fetch(call(actor), what=what, deadline_s=deadline_s, knob=knob) for actor in self.actors]
+
+
+class Learning:
+    def __init__(self, actor):
+        self.actor, self.version = actor, 0
+
+    def surviving(self, action):
+        return action()
+
+
+class Accounts:
+    def publish(self, version, iteration):
+        pass
+
+
+def make(hidden):
+    learner = Learning(ray.remote(num_cpus=0)(FakeLearner).remote(hidden))
+    roles = Roles(generators=Pool(), scorers={}, judges=None, learner=learner)
+    return Publisher(roles, Accounts(), 20.0), learner.actor
+
+
+def test_memory_is_shared_where_it_can_be_read(ray_cluster):
+    publisher, learner = make(hidden=False)
+    for number in (1, 2):
+        assert publisher.publish(number, number).number == number
+    assert ray.get(learner.asked_for.remote()) == [["node"]] * 2
+
+
+def test_what_cannot_be_read_goes_another_way_from_then_on(ray_cluster):
+    publisher, learner = make(hidden=True)
+    for number in (1, 2):
+        assert publisher.publish(number, number).number == number
+    assert ray.get(learner.asked_for.remote()) == [["node"], None, None]
+
+
+def test_memory_that_died_with_its_learner_is_the_learners_death(ray_cluster):
+    """And sharing goes on with the next one."""
+    publisher, learner = make(hidden=False)
+    publisher.publish(1, 1)
+    learner.die.remote()
+    with pytest.raises(ActorLostError):
+        publisher.publish(2, 2)
+    with pytest.raises(LostObjectError):
+        publisher._current.shared.open()
+    assert publisher._shares
