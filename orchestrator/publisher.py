@@ -30,7 +30,7 @@ class Publisher:
         self._deadline_s = deadline_s
         self._current: Publication | None = None
         self._shares = True
-        """Whether memory of the learner's node is tried; not any more once the learner lived and nobody could read it."""
+        """Whether the learner's memory is tried; not any more once it lived and nobody could read it."""
         roles.generators.on_start = self._bring_up_to_date
 
     @property
