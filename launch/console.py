@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import sys
+import time
 from io import TextIOWrapper
 from threading import Lock
 from typing import IO, TYPE_CHECKING
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from orchestrator.types import PreferencePair
 
 _REFRESHES_PER_S = 4
+_SILENCE_S = 15.0
+"""After so long without a line a log says how far the stage is."""
 
 
 def make_console(choice: str, console: Console | None = None) -> Tracker:
@@ -106,6 +109,8 @@ class LinesConsole(Tracker):
     def __init__(self, stream: IO[str] = sys.stdout) -> None:
         self._stream = stream
         self._view = RunView()
+        self._spoke = time.monotonic()
+        self._iteration = 0
 
     def start(self, run: RunInfo) -> None:
         """Says which run."""
@@ -115,7 +120,13 @@ class LinesConsole(Tracker):
     def stage(self, iteration: int, stage: str) -> None:
         """Says which stage."""
         self._view.stage(iteration, stage)
+        self._iteration = iteration
         self._write(f"{self._where(iteration)} {stage}")
+
+    def progress(self, stage: str, done: int, total: int, tokens: int) -> None:
+        """Says how far a stage is that takes long."""
+        if total and time.monotonic() - self._spoke >= _SILENCE_S:
+            self._write(f"{self._where(self._iteration)} {stage}: {done:,} of {total:,}")
 
     def log(self, metrics: Mapping[str, float], *, iteration: int, step: int) -> None:
         """Says what an iteration brought; the metrics of single steps are passed over."""
@@ -149,3 +160,4 @@ class LinesConsole(Tracker):
     def _write(self, line: str) -> None:
         self._stream.write(printable(line) + "\n")
         self._stream.flush()
+        self._spoke = time.monotonic()

@@ -44,14 +44,21 @@ def export(
         raise ModelError(f"{out} cannot be made: {existing_parent(out)} is not writable for you")
     config = compose([], run / "config.yaml")
     model_dir = initial_model(config, run)
-    checkpoint = _find(run, iteration)
     partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     if write is None:
         from learners.export import write_model
 
         write = write_model
-    write(str(model_dir), str(run / checkpoint) if checkpoint else None, config.model.dtype, str(partial))
+    checkpoint = _find(run, iteration)
+    while True:
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            write(str(model_dir), str(run / checkpoint) if checkpoint else None, config.model.dtype, str(partial))
+            break
+        except ModelError:
+            before, checkpoint = checkpoint, _find(run, iteration)
+            if checkpoint == before:  # else the run goes on, and has let go of the one that was being read
+                raise
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
     return out

@@ -71,6 +71,8 @@ def _signals_held() -> Iterator[None]:
     }
     try:
         yield
+    except SystemExit:  # Ray has taken SIGTERM meanwhile, and it came
+        came.append(signal.SIGTERM)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

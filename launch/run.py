@@ -167,6 +167,11 @@ class Run:
 
     def go(self) -> int:
         """Runs to the end, to an error or to a signal; leaves `summary.json` in each case."""
+        with _signals_restored():
+            return self._say_goodbye(*self._go())
+
+    def _go(self) -> tuple[RunStatus, str | None]:
+        """How it ended, and the error that it ended with."""
         status = RunStatus.FAILED
         error: str | None = "the process ended without a word"
         stopped: Event | None = None
@@ -189,10 +194,10 @@ class Run:
                 why = disk_error(failure, self._run_dir) or str(failure)
                 _say(f"how the run ended could not be noted: {why}", sys.stderr)
                 status, error = RunStatus.FAILED, error or why
-        return self._say_goodbye(status, error)
+        return status, error
 
     def _end(self, status: RunStatus, error: str | None, stopped: Event | None) -> None:
-        with _signals_ignored(), ExitStack() as last:  # each of these is done whatever the others raise
+        with ExitStack() as last:  # each of these is done whatever the others raise
             last.callback(end_children, self._children_before)
             last.callback(self._tracker.finish, status)
             last.callback(self._write_summary)
@@ -215,7 +220,7 @@ class Run:
                 config=asdict(config),
             )
         )
-        with self._stage("warm start"):
+        with self._stage("warm start" if config.model.kind == "tiny" else "prepare"):
             model_dir = prepare_initial_model(config, self._run_dir, self._show_warm_start)
             config = prepare_judge_model(config, self._run_dir, model_dir, self._show_judge_training)
         from launch.wiring import build_context
@@ -311,21 +316,25 @@ def _ask(agon: str, model: Path, task: Task) -> str:
 
 @contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """SIGTERM stops a run as ctrl-C does: cluster jobs are stopped that way."""
-    before = {number: signal.signal(number, signal.default_int_handler) for number in _STOPS}
+    """SIGTERM stops the block as ctrl-C does: cluster jobs are stopped that way. Behind it neither does anything.
+
+    A second ctrl-C must not break the writing of the summary, nor one that comes as the block ends.
+    """
+    for number in _STOPS:
+        signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in _STOPS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
-def _signals_ignored() -> Iterator[None]:
-    """A second ctrl-C must not break the writing of the summary."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in _STOPS}
+def _signals_restored() -> Iterator[None]:
+    """Whatever the block makes of signals is undone at its end."""
+    before = {number: signal.getsignal(number) for number in _STOPS}
     try:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)

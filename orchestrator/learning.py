@@ -171,8 +171,8 @@ class Learning:
                 kind=EventKind.DAMAGED,
                 iteration=record.iteration,
                 failure=FailureKind.INFRASTRUCTURE,
-                text=f"{error} Going on from {before.path if before else 'the initial model'}: what was trained on"
-                " since is trained on again.",
+                text=f"{str(error).rstrip('.')}. Going on from {before.path if before else 'the initial model'}:"
+                " what was trained on since is trained on again.",
             )
         )
         with self._ledger.transaction():

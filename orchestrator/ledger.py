@@ -151,11 +151,12 @@ class LedgerReader:
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / FILE_NAME
         try:
-            self.db = sqlite3.connect(f"{self.path.absolute().as_uri()}?mode={self._mode}", uri=True, timeout=_BUSY_S)
-            self.db.row_factory = sqlite3.Row
-            self.db.isolation_level = None
-            self._prepare()
-            found = self.db.execute("SELECT version FROM schema").fetchone()
+            try:
+                found = self._open()
+            except sqlite3.OperationalError:
+                if not self._is_at_rest():
+                    raise
+                found = self._open("&immutable=1")
         except sqlite3.DatabaseError as error:
             raise DataError(f"{self.path}: not a readable ledger: {error}") from error
         if found is None or found["version"] != SCHEMA_VERSION:
@@ -163,6 +164,21 @@ class LedgerReader:
                 f"{self.path}: schema version {found and found['version']}, expected {SCHEMA_VERSION}: use the version"
                 " of agon that began this run, or another run folder"
             )
+
+    def _open(self, options: str = "") -> sqlite3.Row | None:
+        """Connects; returns the schema's version."""
+        address = f"{self.path.absolute().as_uri()}?mode={self._mode}{options}"
+        self.db = sqlite3.connect(address, uri=True, timeout=_BUSY_S)
+        self.db.row_factory = sqlite3.Row
+        self.db.isolation_level = None
+        self._prepare()
+        found: sqlite3.Row | None = self.db.execute("SELECT version FROM schema").fetchone()
+        return found
+
+    def _is_at_rest(self) -> bool:
+        """Whether it is only read and nobody writes: SQLite then needs no file beside it, which a folder may forbid."""
+        log = self.path.with_name(f"{FILE_NAME}-wal")
+        return self._mode == "ro" and self.path.exists() and (not log.exists() or log.stat().st_size == 0)
 
     def run(self) -> RunRecord | None:
         """The run; None before `begin`."""

@@ -147,6 +147,20 @@ def test_lines():
     ]
 
 
+def test_lines_of_a_stage_that_takes_long(monkeypatch):
+    stream, clock = io.StringIO(), [0.0]
+    monkeypatch.setattr("launch.console.time.monotonic", lambda: clock[0])
+    console = LinesConsole(stream)
+    console.start(RUN)
+    console.stage(0, "warm start")
+    for clock[0] in (1.0, 14.0, 16.0, 20.0, 31.5):
+        console.progress("warm start", int(clock[0] * 100), 4000, 0)
+    assert stream.getvalue().splitlines()[2:] == [
+        "[0/8] warm start: 1,600 of 4,000",
+        "[0/8] warm start: 3,150 of 4,000",
+    ]
+
+
 # --- a real terminal
 
 SCRIPT = r"""

@@ -74,6 +74,23 @@ def test_readers_cannot_write(ledger, tmp_path):
         reader.db.execute("DELETE FROM run")
 
 
+def test_a_ledger_at_rest_is_read_where_nothing_may_be_written(ledger, tmp_path, monkeypatch):
+    ledger.close()
+    connect = sqlite3.connect
+
+    def in_a_folder_that_forbids_it(address, **options):
+        if "immutable=1" not in address:
+            raise sqlite3.OperationalError("attempt to write a readonly database")
+        return connect(address, **options)
+
+    monkeypatch.setattr(sqlite3, "connect", in_a_folder_that_forbids_it)
+    with LedgerReader(tmp_path) as reader:
+        assert reader.finished() == []
+    (tmp_path / "ledger.sqlite-wal").write_bytes(b"what a writer has not put in its place yet")
+    with pytest.raises(DataError, match="attempt to write a readonly database"):
+        LedgerReader(tmp_path)
+
+
 def test_what_was_finished_survives_a_kill(tmp_path):
     code = (
         "import os, signal, sys; from pathlib import Path; from orchestrator.ledger import Ledger\n"

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -16,8 +17,9 @@ from actors.generator import Generator
 from conf.compose import compose
 from launch.audit import audit
 from launch.export import export
+from launch.placement import _signals_held
 from launch.profile import profile
-from launch.run import run
+from launch.run import _signals_interrupt, _signals_restored, run
 from learners.checkpoint import Checkpoint
 from orchestrator.errors import ConfigError, ModelError
 from orchestrator.ledger import LedgerReader
@@ -229,6 +231,27 @@ def test_a_signal_while_ray_starts_leaves_no_orphans(folder, tmp_path):
     assert json.loads((run_dir / "summary.json").read_text())["status"] == "interrupted"
 
 
+def test_rays_own_answer_to_sigterm_is_a_stop_too():
+    """While it starts, Ray takes the signal and ends the process with it."""
+
+    def start():
+        with _signals_held():
+            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+
+
+def test_signals_do_nothing_from_the_end_of_a_run_until_its_last_word():
+    before = signal.getsignal(signal.SIGTERM)
+    with _signals_restored():
+        with pytest.raises(KeyboardInterrupt), _signals_interrupt():
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def names_of_children(process):
     return [child.name() for child in psutil.Process(process.pid).children(recursive=True) if child.is_running()]
 
@@ -252,6 +275,25 @@ def test_export_names_what_it_cannot_find(finished, tmp_path):
         export(finished, tmp_path / "first")
     with pytest.raises(ModelError, match="no checkpoint of iteration 7; it has 1, 2, 3"):
         export(finished, tmp_path / "other", iteration=7)
+
+
+def test_export_follows_a_run_that_goes_on(finished, tmp_path, monkeypatch):
+    """Which lets go of a checkpoint while that is read."""
+    newest = [Path("checkpoints/iteration-0002"), Path("checkpoints/iteration-0003")]
+    monkeypatch.setattr(sys.modules["launch.export"], "_find", lambda run, iteration: newest.pop(0))
+    read = []
+
+    def write(model, checkpoint, dtype, folder):
+        read.append(checkpoint)
+        if "0002" in checkpoint:
+            raise ModelError("it is gone")
+        Path(folder).mkdir()
+
+    assert export(finished, tmp_path / "out", write=write).is_dir()
+    assert [Path(checkpoint).name for checkpoint in read] == ["iteration-0002", "iteration-0003"]
+    newest[:] = [Path("checkpoints/iteration-0002")] * 2
+    with pytest.raises(ModelError, match="it is gone"):
+        export(finished, tmp_path / "other", write=write)
 
 
 def test_a_finished_run_can_be_extended_but_not_changed(finished):

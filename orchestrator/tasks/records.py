@@ -111,7 +111,8 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
             try:
                 fields = json.loads(line.rstrip("\r\n"))
             except json.JSONDecodeError as error:
-                raise DataError(f"{place}: not JSON: {error.msg} at column {error.colno}.") from error
+                what = error.msg.removesuffix(" at")
+                raise DataError(f"{place}: not JSON: {what} at column {error.colno}.") from error
             except (RecursionError, ValueError) as error:  # absurdly deep nesting, or digits without end
                 raise DataError(f"{place}: not usable JSON: {error}.") from error
             if not isinstance(fields, dict):
