@@ -65,9 +65,13 @@ def has_own_judge(config: Config) -> bool:
     return "implicit" in judge_kinds(config) or (reads_with_own(config) and asks_reader(config))
 
 
+_MOST = 10**9
+
+
 def cpus_needed(config: Config) -> float:
     """Logical CPUs that all actors reserve."""
     generator, scorer = config.generator, config.scorer
     engines = generator.num_actors + (config.judge.num_actors if has_own_judge(config) else 0)
     scorers = len(pooled_kinds(config)) * scorer.num_actors
+    engines, scorers = min(engines, _MOST), min(scorers, _MOST)  # more are refused, and fit in no float
     return config.learner.cpus + engines * generator.cpus_per_actor + scorers * scorer.cpus_per_actor

@@ -94,7 +94,7 @@ class GeneratorConfig:
     """The pool of actors that sample completions."""
 
     kind: str = knob("vllm", "engine inside each actor", choices=("vllm", "transformers"))
-    num_actors: int = knob(2, "engines, each with its own copy of the weights", low=1)
+    num_actors: int = knob(2, "engines, each with its own copy of the weights", low=1, high=100_000)
     cpus_per_actor: float = knob(1, "CPU cores of one engine", above=0)
     gpus_per_actor: float = knob(0, "GPUs of one engine", low=0)
     tensor_parallel_size: int = knob(1, "GPUs that share one copy of the weights", low=1)
@@ -137,7 +137,7 @@ class ScorerConfig:
     )
     marker: str = knob("#", "what the final answer follows (verifier=final_answer)")
     function: str | None = knob(None, "module.name of `f(prompt, completion, answer) -> float | None`")
-    num_actors: int = knob(1, "scorer actors", low=1)
+    num_actors: int = knob(1, "scorer actors", low=1, high=100_000)
     cpus_per_actor: float = knob(0.1, "CPU cores of one scorer", low=0)
     restarts: int = knob(3, "actor deaths the pool mends before it gives up", low=0)
     start_deadline_s: float = knob(300, "an actor must be ready after so long", above=0)
@@ -210,7 +210,7 @@ class JudgeConfig:
         " loss=gpo regresses to",
         choices=("win_rate", "mean_logit"),
     )
-    num_actors: int = knob(1, "engines of the judge's own pool", low=1)
+    num_actors: int = knob(1, "engines of the judge's own pool", low=1, high=100_000)
     gpus_per_actor: float = knob(0, "GPUs of one engine of its own pool, or of one preference or reward model", low=0)
     deadline_s: float = knob(600, "one wave of judgements must be done after so long", above=0)
 

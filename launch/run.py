@@ -40,6 +40,7 @@ from orchestrator.printable import printable
 from orchestrator.runlock import RunLock
 from orchestrator.summary import build_summary, write_summary
 from orchestrator.tracking import JsonlTracker, RunInfo, Tracker, Trackers
+from orchestrator.waits import forget_everybody
 from orchestrator.wandb_tracker import WandbTracker
 
 if TYPE_CHECKING:
@@ -245,6 +246,7 @@ class Run:
         # Imported when the actors were: a run that stops before needs no Ray to be shut down.
         if ray := sys.modules.get("ray"):
             ray.shutdown()
+        forget_everybody()
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:

@@ -89,6 +89,12 @@ def forget(actor: Any) -> None:
         _peers.pop(_id_of(actor), None)
 
 
+def forget_everybody() -> None:
+    """None of the actors is there any more: their Ray was shut down."""
+    with _lock:
+        _peers.clear()
+
+
 def acquainted() -> list[Peer]:
     """All actors that this process has started and not given up."""
     with _lock:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import fnmatch
+from contextlib import suppress
+from typing import get_args
 
 import pytest
 import yaml
@@ -384,6 +386,13 @@ def test_a_resumed_run_starts_from_its_own_config(tmp_path):
 
 
 # -- the schema --
+
+
+def test_a_number_without_end_is_accepted_or_refused():
+    for key, knob in knobs().items():
+        if {int, float} & {knob.type, *get_args(knob.type)}:
+            with suppress(ConfigError):
+                compose([f"{key}={'9' * 400}"])
 
 
 def test_every_key_has_a_meaning_and_a_default_within_its_limits():
