@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 2
 FILE_NAME = "ledger.sqlite"
 _BUSY_S = 30.0
+_CACHE_KIB = 256
+"""Of pages. Queries read few rows; SQLite's own 2 MiB would fill up over hours, and look like a leak."""
 
 _TABLES = """
 CREATE TABLE schema (version INTEGER NOT NULL);
@@ -171,6 +173,7 @@ class LedgerReader:
         self.db = sqlite3.connect(address, uri=True, timeout=_BUSY_S)
         self.db.row_factory = sqlite3.Row
         self.db.isolation_level = None
+        self.db.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
         self._prepare()
         found: sqlite3.Row | None = self.db.execute("SELECT version FROM schema").fetchone()
         return found
