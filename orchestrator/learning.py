@@ -76,6 +76,8 @@ class Learning:
         """Number of the policy version last published; staleness is counted from it."""
         self.steps = 0
         """Batches of the run that the weights which count contain."""
+        self._is_restored = True
+        """False of a learner that was started anew and does not hold the last checkpoint that counts yet."""
         self.actor = self._begin()
         self.queue = self._new_queue()
 
@@ -112,6 +114,7 @@ class Learning:
     def _begin_anew(self) -> None:
         forget(self.actor)
         ray.kill(self.actor)
+        self._is_restored = False
         self.actor = self._begin()
         self._await_start()
 
@@ -220,7 +223,7 @@ class Learning:
             self._tell(EventKind.LOST, f"{error} ({self._restarts_left} restarts of the learner left)")
             try:
                 self._renew_queue()
-                if self._lives():
+                if self._is_restored and self._lives():
                     came_from = "where it was, with a new queue"
                 else:
                     self._begin_anew()
@@ -241,13 +244,14 @@ class Learning:
         if not known:
             if not fresh:
                 self._begin_anew()
-            self.steps = 0
+            self.steps, self._is_restored = 0, True
             return "the initial model"
         if self.restore() != known[-1]:
             raise PoolError(
                 f"{known[-1].path} is damaged, and with it iterations that were finished: stop here, and resume the"
                 " run, which does them again from their pairs"
             )
+        self._is_restored = True
         return known[-1].path
 
     def _lives(self) -> bool:

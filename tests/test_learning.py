@@ -155,6 +155,25 @@ def test_a_queue_that_dies_takes_nothing_with_it(parts):
     assert "goes on from where it was" in events[-1].text
 
 
+def test_a_queue_that_dies_as_the_learner_is_replaced_leaves_no_learner_that_knows_nothing(parts, monkeypatch):
+    """The new learner lives, and yet is not to be gone on with: it holds the initial model."""
+    learning, accounts, events = parts
+    checkpoint(learning, accounts, "first", 1)
+    begin = learning._begin
+
+    def and_the_queue_dies():
+        monkeypatch.setattr(learning, "_begin", begin)
+        actor = begin()
+        learning.queue.end()
+        wait_dead(learning.queue)
+        return actor
+
+    monkeypatch.setattr(learning, "_begin", and_the_queue_dies)
+    die(learning)
+    assert learning.call("held", what="what it holds") == "first"
+    assert "goes on from checkpoints/first" in events[-1].text
+
+
 def test_damaged_and_exchanged_checkpoints_are_gone_back_behind(parts):
     learning, accounts, events = parts
     first = checkpoint(learning, accounts, "first", 1)
