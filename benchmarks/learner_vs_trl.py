@@ -24,7 +24,8 @@ from safetensors.numpy import load_file
 
 from benchmarks.models import VOCABULARY, make_llama
 from benchmarks.report import Comparison, in_turn, of_medians, report
-from benchmarks.sides import KEEPS_MEMORY, Side
+from benchmarks.sides import Side
+from launch.placement import KEEPS_MEMORY
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers")

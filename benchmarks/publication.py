@@ -21,9 +21,8 @@ import ray
 from actors.generator import Generator
 from benchmarks.models import make_llama
 from benchmarks.report import Comparison, in_turn, of_medians, report, seconds
-from benchmarks.sides import KEEPS_MEMORY
 from conf.compose import compose
-from launch.placement import start_learner, start_ray
+from launch.placement import KEEPS_MEMORY, start_learner, start_ray
 from orchestrator.types import PolicyVersion
 
 WAIT_S = 600.0

@@ -11,12 +11,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-KEEPS_MEMORY = {
-    **dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(1 << 30)),
-    "MALLOC_ARENA_MAX": "1",
-}
-"""Of glibc: large temporaries stay with the process. What the learner's actor is started with."""
-
 
 class Side:
     """A process that answers each line on its stdin with a line ``answer <number>``.

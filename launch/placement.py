@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-_KEEPS_MEMORY = {
+KEEPS_MEMORY = {
     **dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(1 << 30)),
     "MALLOC_ARENA_MAX": "1",  # an actor's calls run in threads, whose own arenas hold no more than 64 MiB
 }
@@ -218,7 +218,7 @@ def start_learner(
     learner = config.learner
     environment = _environment(learner.num_threads)
     if not learner.gpus:
-        environment["env_vars"] |= _KEEPS_MEMORY
+        environment["env_vars"] |= KEEPS_MEMORY
     actor = ray.remote(Learner).options(
         num_cpus=learner.cpus, num_gpus=learner.gpus, max_concurrency=4, runtime_env=environment
     )

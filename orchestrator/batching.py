@@ -106,15 +106,7 @@ def pack(
         ValueError: no pairs, an empty prompt or completion, token weights of another length than their completion, or
             pairs of different iterations or references.
     """
-    if not pairs:
-        raise ValueError("no pairs to pack")
-    first = pairs[0]
-    for pair in pairs:
-        if (pair.iteration, pair.reference) != (first.iteration, first.reference):
-            raise ValueError(
-                f"pairs of one batch must share iteration and reference: {first.id} has {first.iteration} and "
-                f"{first.reference}, {pair.id} has {pair.iteration} and {pair.reference}"
-            )
+    first = _first_of_equals(pairs)
     sequences = [
         (pair.prompt.token_ids, completion.token_ids) for pair in pairs for completion in (pair.chosen, pair.rejected)
     ]
@@ -150,6 +142,20 @@ def pack(
         iteration=first.iteration,
         number=number,
     )
+
+
+def _first_of_equals(pairs: Sequence[PreferencePair]) -> PreferencePair:
+    """The first pair. Raises ValueError where there is none, or one differs from it in iteration or reference."""
+    if not pairs:
+        raise ValueError("no pairs to pack")
+    first = pairs[0]
+    for pair in pairs:
+        if (pair.iteration, pair.reference) != (first.iteration, first.reference):
+            raise ValueError(
+                f"pairs of one batch must share iteration and reference: {first.id} has {first.iteration} and "
+                f"{first.reference}, {pair.id} has {pair.iteration} and {pair.reference}"
+            )
+    return first
 
 
 def _as_sampled(pairs: Sequence[PreferencePair], index: NDArray[np.int32]) -> NDArray[np.float32] | None:
