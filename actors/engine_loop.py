@@ -61,6 +61,9 @@ class EngineLoop:
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
         self._version: PolicyVersion | None = None
+        self._is_paused = False
+        self._waiting: list[_Wave] = []
+        """That came during a pause."""
         self._held: dict[str, list[tuple[int, PolicyVersion]]] = {}
         """Of each request in flight: from which of its tokens on which weights sampled it."""
         self.generated_completions = 0
@@ -76,12 +79,19 @@ class EngineLoop:
 
     def hold(self, version: PolicyVersion | None) -> None:
         """From the next step on these weights sample, also what is in flight. Called by what `call` runs."""
-        self._version = version
+        self._version, self._is_paused = version, False
         if version is not None:
             lengths = self._engine.lengths()
             for request_id, held in self._held.items():
                 if held[-1][1] != version:
                     held.append((lengths.get(request_id, 0), version))
+        waiting, self._waiting = self._waiting, []
+        for wave in waiting:
+            self._admit(wave)
+
+    def pause(self) -> None:
+        """Nothing is sampled until `hold` says by what. Called by what `call` runs."""
+        self._is_paused = True
 
     def submit(self, requests: Sequence[GenerationRequest]) -> Future[list[Completion]]:
         """Decodes `requests` together; the completions come in their order."""
@@ -128,7 +138,7 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             while self._take_inbox():
-                if self._engine.has_unfinished():
+                if self._has_work():
                     with self._spans.during("decode"):
                         for output in self._engine.step():
                             self._deliver(output)
@@ -140,19 +150,24 @@ class EngineLoop:
         finally:
             self._engine.close()
 
+    def _has_work(self) -> bool:
+        return self._engine.has_unfinished() and not self._is_paused
+
     def _take_inbox(self) -> bool:
         """Takes what waits; blocks only when the engine is idle. False when asked to stop."""
         while True:
             try:
-                item = self._inbox.get(block=not self._engine.has_unfinished())
+                item = self._inbox.get(block=not self._has_work())
             except queue.Empty:
                 return True
             if item is None:
                 return False
-            if isinstance(item, _Wave):
-                self._admit(item)
-            else:
+            if not isinstance(item, _Wave):
                 item()
+            elif self._is_paused:
+                self._waiting.append(item)
+            else:
+                self._admit(item)
 
     def _admit(self, wave: _Wave) -> None:
         if not wave.requests:
@@ -201,7 +216,7 @@ class EngineLoop:
 
     def _fail(self, error: BaseException) -> None:
         self._failure = error
-        for wave in {id(wave): wave for wave in self._wave_of.values()}.values():
+        for wave in {id(wave): wave for wave in (*self._wave_of.values(), *self._waiting)}.values():
             if not wave.future.done():
                 wave.future.set_exception(error)
         self._wave_of.clear()

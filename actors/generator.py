@@ -94,7 +94,7 @@ class Generator(Observable):
         """Runs `WeightReceiver.<method>` (`cluster.weight_transport` nccl or ipc); `update_weights` proves it after."""
 
         def run(engine: Any) -> None:
-            self._loop.hold(None)
+            self._loop.pause()
             getattr(WeightReceiver(engine), method)(payload)
 
         await asyncio.wrap_future(self._loop.call(run, "load weights"))

@@ -65,6 +65,15 @@ def has_own_judge(config: Config) -> bool:
     return "implicit" in judge_kinds(config) or (reads_with_own(config) and asks_reader(config))
 
 
+def asks_policy(config: Config) -> bool:
+    """Whether the policy's own engines judge, or say what a search goes on with: a wave then needs the same ones."""
+    return (
+        config.search.kind != "none"
+        or "implicit" in judge_kinds(config)
+        or (asks_reader(config) and not reads_with_own(config))
+    )
+
+
 _MOST = 10**9
 
 

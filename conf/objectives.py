@@ -120,7 +120,15 @@ def needs_reference(config: LossConfig) -> bool:
 
 def loss_keys_read(config: LossConfig) -> frozenset[str]:
     """Names of the keys of `loss.*` that change the composed loss beside the others."""
-    found = {"name", "include_prompt", "sft_weight", "exploration", "kl_weight", *OBJECTIVES[config.name].reads}
+    found = {
+        "name",
+        "importance_clip",
+        "include_prompt",
+        "sft_weight",
+        "exploration",
+        "kl_weight",
+        *OBJECTIVES[config.name].reads,
+    }
     if config.sft_weight:
         found |= {"sft_target"} | ({"tail_weight"} if config.sft_target == "chosen" else set())
     if config.exploration != "none":

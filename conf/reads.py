@@ -202,6 +202,12 @@ RULES = [
         lambda c: c.scorer.kind != "verifier",
         "another judge, to be measured",
     ),
+    Rule(
+        "pipeline.max_staleness loss.importance_clip",
+        "pipeline.mode",
+        lambda c: c.pipeline.mode == "async",
+        "pipeline.mode=async",
+    ),
     Rule("reference.ema_decay", "reference.kind", lambda c: c.reference.kind == "ema", "reference=ema"),
     Rule(
         "learner.replay_path learner.replay_weight",

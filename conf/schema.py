@@ -327,6 +327,12 @@ class LossConfig:
     negative_weight: float = knob(0.1, "alpha: of the worst completion (d2o)", low=0)
     clip: float = knob(0.2, "most a likelihood ratio may move (p3o)", above=0, high=0.999)
     anisotropy: float = knob(2.5, "a: how much more a completion with score 1 counts (trpa)", above=0)
+    importance_clip: float = knob(
+        2.0,
+        "pipeline.mode=async: c; a completion of older weights counts as often as the learner's would give it, at most "
+        "c and at least 1/c times; 1: as if it were new",
+        low=1,
+    )
     exploration: str = knob(
         "none", "selm, xpo: away from what the policy would say anyway", choices=("none", "selm", "xpo")
     )
@@ -400,7 +406,15 @@ class LearnerConfig:
 class PipelineConfig:
     """The loop."""
 
-    mode: str = knob("sync", "sync: strictly on-policy and deterministic", choices=("sync",))
+    mode: str = knob(
+        "sync",
+        "sync: one thing at a time, strictly on-policy, deterministic; async: the next pairs are collected while the "
+        "learner is trained",
+        choices=("sync", "async"),
+    )
+    max_staleness: int = knob(
+        1, "async: updates that the weights which sample a pair may be behind the learner's; 0: as sync", low=0
+    )
     iterations: int = knob(3, "collect, train, publish, evaluate, promote: so many times", low=1)
     prompts_per_iteration: int = knob(128, "prompts of one iteration", low=1)
     queue_capacity: int = knob(4, "batches the queue holds before producers wait", low=1)

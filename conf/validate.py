@@ -40,7 +40,7 @@ def validate(config: Config) -> None:
 def problems(config: Config) -> list[Problem]:
     """Everything `validate` would refuse, in the order of its checks; one problem a key."""
     found = list(_out_of_limits(config, ""))
-    for check in (_inputs, _judging, _evaluation, _consistency, _objective, _searching, _sampling, _devices):
+    for check in (_inputs, _judging, _evaluation, _consistency, _objective, _ahead, _searching, _sampling, _devices):
         found += check(config)
     return list({problem.key: problem for problem in reversed(found)}.values())[::-1]
 
@@ -239,6 +239,33 @@ def _objective(config: Config) -> Iterator[Problem]:
     if loss.name == "sppo" and config.scorer.kind == "preference_model" and config.judge.score != "win_rate":
         message = f"judge.score={config.judge.score}: loss.name=sppo regresses to win rates: leave it at win_rate"
         yield Problem("judge.score", message)
+
+
+def _ahead(config: Config) -> Iterator[Problem]:
+    """What goes with pairs that older weights have sampled."""
+    loss, pipeline = config.loss, config.pipeline
+    objective = OBJECTIVES.get(loss.name)
+    if pipeline.mode != "async" or not pipeline.max_staleness or objective is None:
+        return
+    if objective.on_policy:
+        message = (
+            f"pipeline.mode=async: loss.name={loss.name} clips ratios to the policy that sampled, which is not the"
+            " reference then: set pipeline.mode=sync"
+        )
+        yield Problem("pipeline.mode", message)
+    if "implicit" in judge_kinds(config):
+        message = (
+            f"pipeline.mode=async: scorer.kind={config.scorer.kind} asks the learner, which is being trained then: set"
+            " pipeline.mode=sync"
+        )
+        yield Problem("pipeline.mode", message)
+    if loss.importance_clip > 1 and (objective.unit == "group" or objective.by_rank or loss.include_prompt):
+        what = "include_prompt=true" if loss.include_prompt else f"name={loss.name}"
+        message = (
+            f"loss.importance_clip={loss.importance_clip:g}: pipeline.mode=async weighs single pairs by it, which does"
+            f" not go with loss.{what}: set it to 1 to train on older pairs as if they were new, or pipeline.mode=sync"
+        )
+        yield Problem("loss.importance_clip", message)
 
 
 def _searching(config: Config) -> Iterator[Problem]:

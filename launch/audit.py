@@ -10,7 +10,8 @@ It reads the ledger's tables and the Parquet files as they are, with SQLite and 
                 the stream of prompts did not go on with an iteration; or weights on disk contain other batches than
                 the ledger says
     rejudged    a prompt's completions were scored twice in one iteration
-    stale       a pair was sampled by another policy than the one its iteration started from
+    stale       a pair was sampled by another policy than the one its iteration started from; with pipeline.mode=async:
+                than one that is at most pipeline.max_staleness updates behind that one
 """
 
 from __future__ import annotations
@@ -87,8 +88,11 @@ class _Auditor:
         self._db = db
         self._epochs = config.learner.epochs
         self._prompts = config.pipeline.prompts_per_iteration
-        self._policies: dict[int, str] = dict(db.execute("SELECT iteration, version_digest FROM iterations"))
-        """Digest of the weights that each finished iteration left, by its number."""
+        pipeline = config.pipeline
+        self._bound = pipeline.max_staleness if pipeline.mode == "async" else 0
+        rows = db.execute("SELECT iteration, version_number, version_digest FROM iterations")
+        self._policies: dict[int, tuple[int, str]] = {iteration: version for iteration, *version in rows}
+        """Number and digest of the weights that each finished iteration left, by its number."""
         self._checked = set(self._policies)
         """Finished iterations whose rollouts and pairs can be read."""
         self._found = Audit(iterations=max(0, len(self._policies) - 1))
@@ -188,11 +192,12 @@ class _Auditor:
     def _check_pairs(self) -> dict[int, list[str]]:
         """Ids of the pairs of each finished iteration, as its files have them."""
         pairs: dict[int, list[str]] = {iteration: [] for iteration in self._checked if iteration > 0}
-        for row in self._rows("pairs", ["id", "chosen_policy_digest", "rejected_policy_digest"]):
+        columns = [f"{side}_{column}" for side in ("chosen", "rejected") for column in ("policy_digest", "switches")]
+        for row in self._rows("pairs", ["id", *columns]):
             pairs[row["iteration"]].append(row["id"])
-            policy = self._policies[row["iteration"] - 1]
-            if {row["chosen_policy_digest"], row["rejected_policy_digest"]} != {policy}:
-                self._found.stale.append(f"pair {row['id']} was not sampled by {policy}")
+            allowed = self._fresh(row["iteration"])
+            if not _sampled_by(row) <= allowed:
+                self._found.stale.append(f"pair {row['id']} was not sampled by {' or '.join(sorted(allowed))}")
         noted = defaultdict(set)
         for pair, iteration in self._db.execute("SELECT id, iteration FROM pairs"):
             noted[iteration].add(pair)
@@ -201,6 +206,12 @@ class _Auditor:
             self._found.repeated += [f"pair {pair} was made twice" for pair, n in Counter(ids).items() if n > 1]
         self._found.pairs = sum(map(len, pairs.values()))
         return pairs
+
+    def _fresh(self, iteration: int) -> set[str]:
+        """Digests of the weights that may sample the pairs of an iteration."""
+        latest, _ = self._policies[iteration - 1]
+        versions = (self._policies[before] for before in range(iteration))
+        return {digest for number, digest in versions if number >= latest - self._bound}
 
     def _check_batches(self, iteration: int, pairs: list[str]) -> None:
         rows = self._db.execute(
@@ -233,3 +244,9 @@ class _Auditor:
         self._found.lost += [
             f"step {step} was taken by no batch" for step in set(range(1, max(steps, default=0))) - set(steps)
         ]
+
+
+def _sampled_by(row: dict[str, Any]) -> set[str]:
+    """Digests of all weights that sampled a token of a pair."""
+    switches = [*row["chosen_switches"], *row["rejected_switches"]]
+    return {row["chosen_policy_digest"], row["rejected_policy_digest"], *(switch["digest"] for switch in switches)}

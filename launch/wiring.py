@@ -13,6 +13,7 @@ from orchestrator.accounts import Accounts
 from orchestrator.archive import Archive
 from orchestrator.collecting import SampleCollector
 from orchestrator.context import Context
+from orchestrator.floor import Floor
 from orchestrator.learning import Learning
 from orchestrator.profiling import Profile
 from orchestrator.publisher import Publisher
@@ -76,6 +77,7 @@ def build_context(
         judge=judge,
         examiner=judges.examiner(judge),
         publisher=publisher,
+        floor=Floor(),
         learning=learning,
         training=Training(
             config=config,

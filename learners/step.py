@@ -24,6 +24,7 @@ from conf.objectives import OBJECTIVES, is_coupled
 from learners import ranks
 from learners.displacement import ches
 from learners.losses import LossInput, LossState, advance, concatenate, losses
+from learners.losses.staleness import importance
 from learners.memory import ERRORS, within_memory
 from learners.spikes import why_skipped
 from orchestrator.batching import split
@@ -89,7 +90,7 @@ def optimizer_step(
             backward pass raised; weights are untouched and gradients dropped.
     """
     (metrics, after), tokens = within_memory(
-        lambda tokens: _gradient(policy, optimizer, split(batch, tokens), loss, state, replay),
+        lambda tokens: _gradient(policy, optimizer, split(batch, tokens), loss, version, state, replay),
         batch,
         learner.micro_batch_tokens,
     )
@@ -113,6 +114,7 @@ def _gradient(
     optimizer: torch.optim.Optimizer,
     parts: list[PreferenceBatch],
     loss: LossConfig,
+    version: int,
     state: LossState,
     replay: Callable[[], float] | None,
 ) -> tuple[dict[str, float], LossState]:
@@ -120,7 +122,7 @@ def _gradient(
     optimizer.zero_grad(set_to_none=True)
     run = _run_coupled if is_coupled(loss) else _run
     try:
-        metrics, after = run(policy, parts, loss, state)
+        metrics, after = run(policy, parts, loss, version, state)
         if replay is not None:
             metrics["replay_nll"] = ranks.together(replay, ERRORS)
     except ERRORS:
@@ -130,7 +132,7 @@ def _gradient(
 
 
 def _run(
-    policy: Policy, parts: list[PreferenceBatch], loss: LossConfig, state: LossState
+    policy: Policy, parts: list[PreferenceBatch], loss: LossConfig, version: int, state: LossState
 ) -> tuple[dict[str, float], LossState]:
     """Adds the gradient of an objective whose items stand alone, one micro-batch after the other."""
     items, pairs = ranks.total(
@@ -140,7 +142,7 @@ def _run(
     def accumulate() -> list[dict[str, Tensor]]:
         observed = []
         for part in parts:
-            inputs, noticed = _forward(policy, part, loss)
+            inputs, noticed = _forward(policy, part, loss, version)
             values = losses(inputs, loss, state)
             (values.sum() / items).backward()  # type: ignore[no-untyped-call]
             observed.append(_observe(inputs, values.sum() * pairs / items) | noticed)
@@ -150,11 +152,11 @@ def _run(
 
 
 def _run_coupled(
-    policy: Policy, parts: list[PreferenceBatch], loss: LossConfig, state: LossState
+    policy: Policy, parts: list[PreferenceBatch], loss: LossConfig, version: int, state: LossState
 ) -> tuple[dict[str, float], LossState]:
     """Adds the gradient of an objective of the whole global batch, through its gradient at the log-probs."""
     with torch.no_grad():
-        forwards = ranks.together(lambda: [_forward(policy, part, loss) for part in parts], ERRORS)
+        forwards = ranks.together(lambda: [_forward(policy, part, loss, version) for part in parts], ERRORS)
     mine = concatenate([inputs for inputs, _ in forwards])
     logprobs = mine.logprobs.requires_grad_()
     everyone = [one.to(logprobs.device) for one in ranks.gather(mine.to("cpu"))]
@@ -190,14 +192,24 @@ def num_items(batch: PreferenceBatch, loss: LossConfig) -> int:
     return len(batch.prompt_starts) if OBJECTIVES[loss.name].unit == "group" else batch.num_pairs
 
 
-def _forward(policy: Policy, batch: PreferenceBatch, loss: LossConfig) -> tuple[LossInput, dict[str, Tensor]]:
+def _forward(
+    policy: Policy, batch: PreferenceBatch, loss: LossConfig, version: int
+) -> tuple[LossInput, dict[str, Tensor]]:
     """What the objective is made of, and what else the pass tells of the pairs, summed over them."""
     scores = policy.scores(batch, collision=loss.weighting == "wpo")
     inputs = replace(loss_input(scores.logprobs, batch, loss.beta), log_collision=scores.log_collision)
-    if scores.states is None:
-        return inputs, {}
-    means = scores.states / inputs.lengths[:, None]
-    return inputs, {"ches": ches(means[inputs.chosen], means[inputs.rejected]).sum()}
+    noticed = {}
+    if batch.sampled_logprobs is not None:
+        device = inputs.weights.device
+        stale = torch.tensor(version > batch.data_versions, device=device)
+        sampled = torch.tensor(batch.sampled_logprobs, device=device, dtype=inputs.logprobs.dtype)
+        importances = importance(inputs, sampled, stale, loss.importance_clip)
+        inputs = replace(inputs, weights=inputs.weights * importances)
+        noticed["importance"] = importances.sum()
+    if scores.states is not None:
+        means = scores.states / inputs.lengths[:, None]
+        noticed["ches"] = ches(means[inputs.chosen], means[inputs.rejected]).sum()
+    return inputs, noticed
 
 
 def loss_input(logprobs: Tensor, batch: PreferenceBatch, beta: float) -> LossInput:

@@ -82,12 +82,18 @@ class Accounts:
         row = self._db.execute("SELECT path, iteration, bytes, digest FROM files WHERE path = ?", (path,)).fetchone()
         return row and FileRecord(**row)
 
+    def forget_wave(self, iteration: int, wave: int) -> int:
+        """An attempt at a wave does not count; returns how many pairs it had."""
+        of_it = (iteration, wave)
+        for table in ("waves", "groups"):
+            self._db.execute(f"DELETE FROM {table} WHERE iteration = ? AND wave = ?", of_it)
+        return self._db.execute("DELETE FROM pairs WHERE iteration = ? AND wave = ?", of_it).rowcount
+
     def issue_wave(self, iteration: int, wave: int, prompts: Sequence[str]) -> None:
         """Notes that completions of `prompts` are asked for; an earlier attempt at the wave is forgotten."""
-        for table in ("groups", "pairs"):
-            self._db.execute(f"DELETE FROM {table} WHERE iteration = ? AND wave = ?", (iteration, wave))
+        self.forget_wave(iteration, wave)
         self._db.execute(
-            "INSERT OR REPLACE INTO waves (iteration, wave, prompts, issued) VALUES (?, ?, ?, ?)",
+            "INSERT INTO waves (iteration, wave, prompts, issued) VALUES (?, ?, ?, ?)",
             (iteration, wave, json.dumps(list(prompts)), time.time()),
         )
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from orchestrator.types import PreferencePair
+    from orchestrator.types import PolicyVersion, PreferencePair
 
 Tokens = tuple[int, ...]
 
@@ -89,6 +89,7 @@ def pack(
     mismatched: bool = False,
     include_prompt: bool = False,
     sampled_reference: bool = False,
+    stale: bool = False,
 ) -> PreferenceBatch:
     """Pack pairs into one batch. Groups come in the order their prompts first appear.
 
@@ -101,12 +102,13 @@ def pack(
             scored. Nothing is shared then.
         sampled_reference: where the reference sampled every completion and nothing else is scored, its log-probs are
             those noted then; otherwise, or where False, the batch has none yet.
+        stale: other weights than the learner's may have sampled them: the batch says how probable they were then.
 
     Raises:
-        ValueError: no pairs, an empty prompt or completion, token weights of another length than their completion, or
-            pairs of different iterations or references.
+        ValueError: no pairs, an empty prompt or completion, token weights of another length than their completion,
+            pairs of different iterations or references, or of none.
     """
-    first = _first_of_equals(pairs)
+    first, reference = _first_of_equals(pairs)
     sequences = [
         (pair.prompt.token_ids, completion.token_ids) for pair in pairs for completion in (pair.chosen, pair.rejected)
     ]
@@ -136,29 +138,32 @@ def pack(
         mismatched=index[sides:],
         chosen_token_weights=_token_weights(pairs, "chosen", include_prompt),
         rejected_token_weights=_token_weights(pairs, "rejected", include_prompt),
-        reference_logprobs=_as_sampled(pairs, index) if as_sampled else None,
+        reference_logprobs=_by_reference(pairs, index) if as_sampled else None,
+        sampled_logprobs=_as_sampled(pairs, index, columns.completion_lengths) if stale else None,
         pair_ids=tuple(pair.id for pair in pairs),
-        reference=first.reference,
+        reference=reference,
         iteration=first.iteration,
         number=number,
     )
 
 
-def _first_of_equals(pairs: Sequence[PreferencePair]) -> PreferencePair:
-    """The first pair. Raises ValueError where there is none, or one differs from it in iteration or reference."""
+def _first_of_equals(pairs: Sequence[PreferencePair]) -> tuple[PreferencePair, PolicyVersion]:
+    """The first pair, and its reference. Raises ValueError where another differs in iteration or reference."""
     if not pairs:
         raise ValueError("no pairs to pack")
     first = pairs[0]
+    if first.reference is None:
+        raise ValueError(f"pair {first.id} has no reference yet")
     for pair in pairs:
         if (pair.iteration, pair.reference) != (first.iteration, first.reference):
             raise ValueError(
                 f"pairs of one batch must share iteration and reference: {first.id} has {first.iteration} and "
                 f"{first.reference}, {pair.id} has {pair.iteration} and {pair.reference}"
             )
-    return first
+    return first, first.reference
 
 
-def _as_sampled(pairs: Sequence[PreferencePair], index: NDArray[np.int32]) -> NDArray[np.float32] | None:
+def _by_reference(pairs: Sequence[PreferencePair], index: NDArray[np.int32]) -> NDArray[np.float32] | None:
     """[C] log-probs of the completions as sampled; None where one was sampled by another policy than the reference.
 
     Args:
@@ -174,6 +179,24 @@ def _as_sampled(pairs: Sequence[PreferencePair], index: NDArray[np.int32]) -> ND
             return None
         found.setdefault(number, completion.logprobs)
     return np.fromiter(chain.from_iterable(found[number] for number in sorted(found)), np.float32)
+
+
+def _as_sampled(
+    pairs: Sequence[PreferencePair], index: NDArray[np.int32], lengths: NDArray[np.int32]
+) -> NDArray[np.float32]:
+    """[C] log-probs of the pairs' completions under the weights that sampled them, and 0 of the others.
+
+    Raises:
+        ValueError: they were not noted for every token of a pair's completion.
+    """
+    ends = np.cumsum(lengths, dtype=np.int64)
+    found = np.zeros(int(ends[-1]), np.float32)
+    sides = ((pair, completion) for pair in pairs for completion in (pair.chosen, pair.rejected))
+    for number, (pair, completion) in zip(index.tolist(), sides, strict=False):
+        if len(completion.logprobs) != lengths[number]:
+            raise ValueError(f"pair {pair.id}: {len(completion.logprobs)} log-probs of {lengths[number]} tokens")
+        found[ends[number] - lengths[number] : ends[number]] = completion.logprobs
+    return found
 
 
 def _mismatched(sequences: Sequence[tuple[Tokens, Tokens]]) -> list[tuple[Tokens, Tokens]]:
@@ -284,10 +307,8 @@ def _groups(batch: PreferenceBatch, low: int, high: int) -> PreferenceBatch:
     end = int(batch.prompt_starts[high]) if high < len(batch.prompt_starts) else batch.num_tokens
     first, last = np.searchsorted(batch.completion_groups, [low, high]).tolist()
     kept = np.flatnonzero((batch.chosen >= first) & (batch.chosen < last))
-    reference = batch.reference_logprobs
-    if reference is not None:
-        offsets = np.concatenate([[0], np.cumsum(batch.completion_lengths, dtype=np.int64)])
-        reference = reference[offsets[first] : offsets[last]]
+    offsets = np.concatenate([[0], np.cumsum(batch.completion_lengths, dtype=np.int64)])
+    scored = slice(offsets[first], offsets[last])
     mine = (batch.mismatched >= first) & (batch.mismatched < last)
     return replace(
         batch,
@@ -307,7 +328,8 @@ def _groups(batch: PreferenceBatch, low: int, high: int) -> PreferenceBatch:
         mismatched=batch.mismatched[mine] - np.int32(first),
         chosen_token_weights=_kept(batch.chosen_token_weights, batch.completion_lengths[batch.chosen], kept),
         rejected_token_weights=_kept(batch.rejected_token_weights, batch.completion_lengths[batch.rejected], kept),
-        reference_logprobs=reference,
+        reference_logprobs=None if batch.reference_logprobs is None else batch.reference_logprobs[scored],
+        sampled_logprobs=None if batch.sampled_logprobs is None else batch.sampled_logprobs[scored],
         pair_ids=tuple(batch.pair_ids[index] for index in kept.tolist()),
     )
 

@@ -16,6 +16,7 @@ from orchestrator.pairing import make_pairs
 from orchestrator.rollouts import Draw, sampling_of
 from orchestrator.store import read_rollouts, read_samples
 from orchestrator.tally import Tally
+from orchestrator.types import sampled_by
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -132,6 +133,6 @@ class SampleCollector:
 
 
 def _were_drawn(groups: Sequence[RolloutGroup], wave: Wave) -> bool:
-    """Whether these are the completions that the wave asks for: of its prompts, by its policy."""
-    drawn = [group.prompt.id for group in groups if group.completions[0].policy == wave.policy]
-    return bool(groups) and drawn == [prompt.id for prompt in wave.prompts]
+    """Whether these are the completions that the wave asks for: of its prompts, by weights that may sample it."""
+    of_its_prompts = [group.prompt.id for group in groups] == [prompt.id for prompt in wave.prompts]
+    return of_its_prompts and wave.takes(policy.digest for group in groups for policy in sampled_by(group))

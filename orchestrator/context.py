@@ -1,4 +1,4 @@
-"""What every stage of a run shares: the parts, the clock and the token counters."""
+"""What every stage of a run shares: the parts, and the clock of each stage."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from orchestrator.accounts import Accounts
     from orchestrator.archive import Archive
     from orchestrator.events import Emit
+    from orchestrator.floor import Floor
     from orchestrator.judging import Judge
     from orchestrator.learning import Learning
     from orchestrator.ledger import Ledger
@@ -27,6 +28,26 @@ if TYPE_CHECKING:
     from orchestrator.training import Training
     from orchestrator.types import Prompt
     from orchestrator.waves import Waves
+
+
+@dataclass(kw_only=True, slots=True)
+class Stage:
+    """A stage of an iteration, while it runs and afterwards."""
+
+    name: str
+    seconds: float = 0.0
+    """How long it took."""
+    tokens: int = 0
+    """Generated for it, or computed by the learner."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """Those that are all that comes of it; they are kept in the ledger."""
+
+    def metrics(self) -> dict[str, float]:
+        """Its seconds, and its tokens per second where it counts them."""
+        found = {f"time/{self.name}_s": self.seconds}
+        if self.tokens and self.seconds:
+            found[f"throughput/{self.name}_tokens_per_s"] = self.tokens / self.seconds
+        return found
 
 
 @dataclass(kw_only=True, slots=True)
@@ -43,6 +64,8 @@ class Context:
     examiner: Judge
     """Its word is what evaluations report, and trains nothing unless the configuration makes it the judge as well."""
     publisher: Publisher
+    floor: Floor
+    """Had by whoever asks the generators: a wave that is collected, or an evaluation."""
     learning: Learning
     training: Training
     prompts: PromptStream
@@ -55,30 +78,20 @@ class Context:
     tracker: Tracker
     profile: Profile
     emit: Emit
-    _tokens: int = 0
-    _latest: dict[str, tuple[float, int]] = field(default_factory=dict)
-    """Seconds and tokens of the latest run of each stage."""
+
+    @property
+    def max_staleness(self) -> int:
+        """How many updates older than the learner the weights may be that sample what it is trained on."""
+        pipeline = self.config.pipeline
+        return pipeline.max_staleness if pipeline.mode == "async" else 0
 
     @contextmanager
-    def stage(self, name: str, iteration: int) -> Iterator[dict[str, float]]:
-        """Announces a stage, measures it and notes it in the ledger, with the figures put into what it gives."""
-        self.tracker.stage(iteration, name)
+    def stage(self, name: str, iteration: int, *, quietly: bool = False) -> Iterator[Stage]:
+        """Announces a stage unless it runs `quietly` beside another, measures it, and notes it in the ledger."""
+        if not quietly:
+            self.tracker.stage(iteration, name)
         self.ledger.start_phase(iteration, name)
-        start, self._tokens = time.monotonic(), 0
-        found: dict[str, float] = {}
-        yield found
-        seconds = time.monotonic() - start
-        self._latest[name] = (seconds, self._tokens)
-        self.ledger.finish_phase(iteration, name, seconds=seconds, tokens=self._tokens, metrics=found)
-
-    def count_tokens(self, count: int) -> None:
-        """Adds to the tokens, generated or computed by the learner, of the stage that runs."""
-        self._tokens += count
-
-    def stage_metrics(self) -> dict[str, float]:
-        """Seconds, and tokens per second, of the latest run of each finished stage."""
-        found = {f"time/{name}_s": elapsed for name, (elapsed, _) in self._latest.items()}
-        for name, (elapsed, count) in self._latest.items():
-            if count:
-                found[f"throughput/{name}_tokens_per_s"] = count / elapsed
-        return found
+        stage, start = Stage(name=name), time.monotonic()
+        yield stage
+        stage.seconds = time.monotonic() - start
+        self.ledger.finish_phase(iteration, name, seconds=stage.seconds, tokens=stage.tokens, metrics=stage.figures)

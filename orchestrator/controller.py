@@ -20,15 +20,16 @@ same weights on one machine. `iteration.py` holds the stages.
 from __future__ import annotations
 
 import math
+from contextlib import closing
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from orchestrator.ahead import Ahead
 from orchestrator.errors import AgonError, TrainingError
 from orchestrator.evaluation import evaluate
 from orchestrator.events import Event, EventKind
 from orchestrator.iteration import Iteration, keep_answers
 from orchestrator.metrics import ROLLED_BACK
-from orchestrator.publisher import reference_version
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -68,11 +69,12 @@ class Controller:
         else:
             self._begin()
         context.profile.note()
-        for number in range(len(self._versions), config.pipeline.iterations + 1):
-            self._check_progress()
-            reference = reference_version(config.reference.kind, config.reference.ema_decay, self._versions)
-            self._versions.append(Iteration(context, number, self._versions[-1], reference).run())
-            context.profile.note()
+        with closing(Ahead(context)) as ahead:
+            for number in range(len(self._versions), config.pipeline.iterations + 1):
+                self._check_progress()
+                ahead.go_on(number)
+                self._versions.append(Iteration(context, ahead, number, tuple(self._versions)).run())
+                context.profile.note()
         self._check_progress()
 
     def _check_progress(self) -> None:
@@ -110,16 +112,15 @@ class Controller:
 
     def _begin(self) -> None:
         context = self._context
-        with context.stage("publish", 0):
+        with context.stage("publish", 0) as publishing:
             self._versions = [context.publisher.publish(0, 0)]
-        metrics: dict[str, float] = {}
+        metrics = publishing.metrics()
         if context.config.evaluation.scorer != "none":
-            with context.stage("evaluate", 0):
+            with context.stage("evaluate", 0) as evaluating:
                 evaluation = evaluate(context.rollouts, context.examiner, context.test_prompts, context.config, 0)
-                context.count_tokens(evaluation.tokens)
+                evaluating.tokens = evaluation.tokens
             keep_answers(context, 0, evaluation)
-            metrics = evaluation.metrics()
-        metrics |= context.stage_metrics()
+            metrics |= evaluation.metrics() | evaluating.metrics()
         context.ledger.finish_iteration(
             0, version=self._versions[0], cursor=context.prompts.cursor, checkpoint=None, metrics=metrics
         )

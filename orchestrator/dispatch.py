@@ -25,7 +25,7 @@ from orchestrator.errors import ActorLostError, DeadlineError, FailureKind
 from orchestrator.events import EventKind
 from orchestrator.remote import DEATHS, last_words, unwrap
 from orchestrator.slots import told
-from orchestrator.waits import waiting
+from orchestrator.waits import check_wanted, waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -68,6 +68,7 @@ class _Lost:
     """A worker that died, and what it had."""
 
     slot: Slot
+    actor: Any
     share: _Share
     error: ActorLostError
     suspects: frozenset[str]
@@ -94,7 +95,8 @@ class Dispatch(Generic[Work, Result]):
         self._end = time.monotonic() + deadline_s
         self._results: list[Any] = [None] * len(work)
         self._queues: dict[str, deque[_Share]] = {slot.name: deque() for slot in pool.slots}
-        self._pending: dict[Any, tuple[Slot, _Share]] = {}
+        self._pending: dict[Any, tuple[Slot, Any, _Share]] = {}
+        """By reference of the answer: where the share is in work, and by which actor of the slot."""
         self._deaths: Counter[str] = Counter()
         self._charged: list[frozenset[str]] = []
         """The suspects of each death that the restart budget has paid for."""
@@ -106,6 +108,7 @@ class Dispatch(Generic[Work, Result]):
         with waiting(what=self._what, knob=self._knob, deadline_s=self._deadline_s, refs=self._pending) as wait:
             while self._dispatch():
                 wait.refs = list(self._pending)
+                check_wanted()
                 left = self._end - time.monotonic()
                 if left <= 0:
                     self._give_up()
@@ -131,20 +134,21 @@ class Dispatch(Generic[Work, Result]):
 
     def _dispatch(self) -> bool:
         """Gives each idle slot its next share; False when nothing is left to do."""
-        busy = {slot.name for slot, _ in self._pending.values()}
+        busy = {slot.name for slot, _, _ in self._pending.values()}
         for slot in self._pool.living:
             queue = self._queues[slot.name]
             while queue and slot.name not in busy:
                 share = queue.popleft()
                 if positions := self._sound(share.positions):
                     share = _Share(positions=positions, alone=share.alone)
-                    ref = self._call(slot.actor, [self._work[position] for position in positions])
-                    self._pending[ref] = slot, share
+                    actor = slot.actor
+                    ref = self._call(actor, [self._work[position] for position in positions])
+                    self._pending[ref] = slot, actor, share
                     break
         return bool(self._pending)
 
     def _give_up(self) -> None:
-        late = ", ".join(sorted(str(slot) for slot, _ in self._pending.values()))
+        late = ", ".join(sorted(str(slot) for slot, _, _ in self._pending.values()))
         raise DeadlineError(
             f"{self._what}: {late} did not answer within {self._deadline_s:g} s. Raise {self._knob}, or ask for less."
         )
@@ -161,7 +165,7 @@ class Dispatch(Generic[Work, Result]):
                 if death.share.alone and death.suspects - self._poisoned.keys():
                     self._quarantine(death)
             for death in lost:
-                self._pool.revive(death.slot, death.error, self._end - time.monotonic())
+                self._pool.revive(death.slot, death.actor, death.error, self._end - time.monotonic())
             dead += lost
         self._requeue(dead)
 
@@ -171,17 +175,17 @@ class Dispatch(Generic[Work, Result]):
             return []
         lost = []
         for ref in ray.wait(list(self._pending), num_returns=len(self._pending), timeout=0)[0]:
-            slot, share = self._pending.pop(ref)
+            slot, actor, share = self._pending.pop(ref)
             try:
                 results = ray.get(ref)
             except RayTaskError as error:
                 if not isinstance(cause := unwrap(error, self._what), ActorLostError):
                     raise cause from None
-                lost.append(self._bury(slot, share, cause, by_itself=True))
+                lost.append(self._bury(slot, actor, share, cause, by_itself=True))
             except DEATHS as error:
                 words = ActorLostError(last_words(error))
                 by_itself = isinstance(error, ActorDiedError | OutOfMemoryError)
-                lost.append(self._bury(slot, share, words, by_itself=by_itself))
+                lost.append(self._bury(slot, actor, share, words, by_itself=by_itself))
             except ObjectLostError:
                 # The results lay on a node that died after they were made: nothing is wrong with the work.
                 self._queues[slot.name].appendleft(share)
@@ -190,25 +194,25 @@ class Dispatch(Generic[Work, Result]):
                     self._results[position] = result
         return lost
 
-    def _bury(self, slot: Slot, share: _Share, words: ActorLostError, *, by_itself: bool) -> _Lost:
+    def _bury(self, slot: Slot, actor: Any, share: _Share, words: ActorLostError, *, by_itself: bool) -> _Lost:
         """Reports a death and keeps what it says of the keys that were in work."""
         suspects = frozenset[str]()
-        self._pool.report_lost(slot, words, self._what)
+        self._pool.report_lost(slot, actor, words, self._what)
         if self._keys is not None and by_itself and _node_lives(slot):
             keys = frozenset(self._keys[position] for position in share.positions)
             if keys & self._poisoned.keys():  # it was in work here as well when it was found out elsewhere
-                self._pool.restarts_left += 1
+                self._pool.forgive(1)
             else:
                 suspects = keys
                 self._deaths.update(keys)
-        return _Lost(slot=slot, share=share, error=words, suspects=suspects)
+        return _Lost(slot=slot, actor=actor, share=share, error=words, suspects=suspects)
 
     def _quarantine(self, death: _Lost) -> None:
         """Sets a key aside, and gives back the deaths that it had a part in."""
         (key,) = death.suspects
         poisoned = Poisoned(key=key, deaths=self._deaths[key], last_words=str(death.error))
         self._poisoned[key] = poisoned
-        self._pool.restarts_left += sum(key in suspects for suspects in self._charged)
+        self._pool.forgive(sum(key in suspects for suspects in self._charged))
         self._charged = [suspects for suspects in self._charged if key not in suspects]
         text = (
             f"{key} is set aside: {death.slot} died as it worked on nothing else, after {poisoned.deaths - 1} that"

@@ -103,6 +103,10 @@ class LostObjectError(AgonError, RuntimeError):
     """Bytes in the object store died with the process that owned them; whoever has the source makes them again."""
 
 
+class WeightsLostError(LostObjectError):
+    """Weights that an actor is to be given are nowhere any more: their learner died, and another has gone on."""
+
+
 class QueueClosedError(AgonError, RuntimeError):
     """The queue was closed; nothing more will come or be accepted."""
 

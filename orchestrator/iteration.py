@@ -14,96 +14,114 @@ What counts is never done again: a run that is resumed goes on within the stage 
 from __future__ import annotations
 
 import math
+import time
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+from conf.judging import asks_policy
 from orchestrator import metrics
 from orchestrator.errors import FailureKind, TrainingError
 from orchestrator.evaluation import anchor_figures, evaluate
 from orchestrator.events import Event, EventKind
 from orchestrator.metrics import ROLLED_BACK
 from orchestrator.promotion import alarms, comparison_figures
+from orchestrator.publisher import reference_version
 from orchestrator.store import read_rollouts
 from orchestrator.summary import build_summary, write_summary
-from orchestrator.waves import Wave
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from conf.schema import Config
     from orchestrator.accounts import CheckpointRecord
-    from orchestrator.context import Context
+    from orchestrator.ahead import Ahead
+    from orchestrator.context import Context, Stage
     from orchestrator.evaluation import Evaluation
     from orchestrator.types import PolicyVersion, PreferencePair
 
 
 class Iteration:
-    """Iteration `number`, from the data policy `policy`, which generators and learner hold unless it was trained on."""
+    """Iteration `number`, from the last of the promoted policies, which the learner holds unless it was trained since.
 
-    def __init__(self, context: Context, number: int, policy: PolicyVersion, reference: PolicyVersion) -> None:
+    Args:
+        context: of the run.
+        ahead: has its pairs.
+        number: of the iteration.
+        versions: all promoted policies so far.
+    """
+
+    def __init__(self, context: Context, ahead: Ahead, number: int, versions: Sequence[PolicyVersion]) -> None:
         self._context = context
+        self._ahead = ahead
         self._number = number
-        self._policy = policy
-        self._reference = reference
+        self._versions = versions
+        self._policy = versions[-1]
         self._metrics: dict[str, float] = {ROLLED_BACK: 0.0}
+        self._cursor = 0
 
     def run(self) -> PolicyVersion:
         """Runs all stages, from where an earlier process broke off; returns the next data policy."""
-        context, number = self._context, self._number
-        context.prompts.skip = frozenset(context.accounts.quarantined(before=number))
-        with context.stage("collect", number):
-            pairs = self._collect()
-        with context.stage("train", number):
-            moved = self._train(pairs)
+        context = self._context
+        pairs = self._collect()
+        moved = self._train(pairs)
         version = self._policy
-        if moved:
-            with context.stage("publish", number):
-                version = context.publisher.publish(number, number)
-        if _has_anchors(context.config):
-            self._measure("anchors", self._measure_judge)
-        if _is_evaluated(context.config, number):
-            self._measure("evaluate", self._evaluate)
-        with context.stage("promote", number):
-            return self._promote(version)
+        with ExitStack() as until_promoted:
+            if context.config.promotion.gate == "reject":
+                # Nothing is collected by a policy that may be given up.
+                until_promoted.enter_context(context.floor.taken())
+            if moved:
+                version = self._publish()
+            if _has_anchors(context.config):
+                self._measure("anchors", self._measure_judge)
+            if _is_evaluated(context.config, self._number):
+                self._measure("evaluate", self._evaluate)
+            with context.stage("promote", self._number):
+                return self._promote(version)
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[Stage]:
+        with self._context.stage(name, self._number) as stage:
+            yield stage
+        self._metrics |= stage.metrics()
 
     def _collect(self) -> Sequence[PreferencePair]:
-        context, waves = self._context, self._waves()
-        if not context.waves.are_committed(waves) and context.learning.undo(self._number):
-            # The learner had gone on from pairs that are to be made again, by the policy that made them.
-            context.publisher.publish(self._policy.number, self._number)
-        harvest = context.waves.collect(waves)
-        context.count_tokens(harvest.tokens)
-        self._metrics |= harvest.tally
-        context.tracker.pairs(harvest.pairs)
+        config, start = self._context.config.reference, time.monotonic()
+        reference = reference_version(config.kind, config.ema_decay, self._versions)
+        collected = self._ahead.take(self._number, self._versions, reference)
+        waited, harvest = time.monotonic() - start, collected.harvest
+        self._cursor = collected.cursor
+        self._metrics |= {
+            **harvest.tally,
+            **collected.stage.metrics(),
+            "time/collect_wait_s": waited,
+            "pairs/evicted": harvest.evicted,
+        }
+        self._context.tracker.pairs(harvest.pairs)
         return harvest.pairs
-
-    def _waves(self) -> list[Wave]:
-        config = self._context.config.pipeline
-        prompts = self._context.prompts.take(config.prompts_per_iteration)
-        return [
-            Wave(
-                iteration=self._number,
-                number=index,
-                prompts=prompts[start : start + config.wave_prompts],
-                policy=self._policy,
-                reference=self._reference,
-            )
-            for index, start in enumerate(range(0, len(prompts), config.wave_prompts))
-        ]
 
     def _train(self, pairs: Sequence[PreferencePair]) -> bool:
         """Whether new weights came of it."""
         context = self._context
-        if not pairs:
-            context.tracker.message(f"iteration {self._number}: no pair survived; nothing to train on")
-            return False
-        try:
-            results = context.training.run(self._number, pairs)
-        except TrainingError as error:
-            self._roll_back(str(error))
-            return False
-        context.count_tokens(sum(result.tokens for result in results))
-        self._metrics |= metrics.update_metrics(results)
-        return True
+        with self._stage("train") as stage:
+            if not pairs:
+                context.tracker.message(f"iteration {self._number}: no pair survived; nothing to train on")
+                return False
+            try:
+                results = context.training.run(self._number, pairs)
+            except TrainingError as error:
+                self._roll_back(str(error))
+                return False
+            stage.tokens = sum(result.tokens for result in results)
+            self._metrics |= metrics.update_metrics(results)
+            return True
+
+    def _publish(self) -> PolicyVersion:
+        """The learner's weights, as the next version."""
+        context = self._context
+        with ExitStack() as between_waves, self._stage("publish"):
+            if asks_policy(context.config):
+                between_waves.enter_context(context.floor.taken())
+            return context.publisher.publish(self._policy.number + 1, self._number)
 
     def _roll_back(self, why: str) -> PolicyVersion:
         """Learner and generators go back to the last promoted policy; what was trained is in no weights any more."""
@@ -120,35 +138,34 @@ class Iteration:
         # Also after an update that failed: generators of a process that was resumed within it hold no policy yet.
         return self._context.publisher.publish(self._policy.number, self._number)
 
-    def _measure(self, stage: str, figures: Callable[[], dict[str, float]]) -> None:
+    def _measure(self, name: str, find: Callable[[Stage], None]) -> None:
         """Runs a stage whose figures are all that comes of it, unless they are known already."""
-        context = self._context
-        known = context.ledger.finished_phase(self._number, stage)
+        known = self._context.ledger.finished_phase(self._number, name)
         if known is None:
-            with context.stage(stage, self._number) as found:
-                found |= figures()
-                self._metrics |= found
+            with self._context.floor.taken(), self._stage(name) as stage:
+                find(stage)
+                self._metrics |= stage.figures
         else:
             self._metrics |= known.metrics
 
-    def _measure_judge(self) -> dict[str, float]:
+    def _measure_judge(self, stage: Stage) -> None:
         context = self._context
-        return anchor_figures(
+        stage.figures |= anchor_figures(
             context.rollouts, context.judge, context.examiner, context.test_prompts, context.config, self._number
         )
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self, stage: Stage) -> None:
         context, config = self._context, self._context.config
         last = self._number == config.pipeline.iterations
         prompts = context.test_prompts[: config.evaluation.final_problems if last else config.evaluation.problems]
         evaluation = evaluate(context.rollouts, context.examiner, prompts, config, self._number)
-        context.count_tokens(evaluation.tokens)
-        found = evaluation.metrics() | self._compare(evaluation)
+        stage.tokens = evaluation.tokens
+        stage.figures |= evaluation.metrics() | self._compare(evaluation)
         samples = evaluation.sampled_completions[: config.evaluation.kl_prompts]
         if samples and config.evaluation.temperature == 1:
             # Completions drawn at another temperature do not come from the policy whose KL is asked for.
-            found["eval/kl_initial"] = context.learning.call("kl_to_initial", samples, what="KL to the initial model")
-        return found
+            what = "KL to the initial model"
+            stage.figures["eval/kl_initial"] = context.learning.call("kl_to_initial", samples, what=what)
 
     def _compare(self, evaluation: Evaluation) -> dict[str, float]:
         """With the answers of the policy before, which were kept; those of this one are kept for the next."""
@@ -167,13 +184,12 @@ class Iteration:
         context = self._context
         version = self._decide(version)
         checkpoint = context.accounts.latest_checkpoint()
-        self._metrics |= context.stage_metrics()
         # Logged first: lines of an iteration that has no row yet are dropped when the run is resumed.
         context.tracker.log(self._metrics, iteration=self._number, step=context.learning.steps)
         context.ledger.finish_iteration(
             self._number,
             version=version,
-            cursor=context.prompts.cursor,
+            cursor=self._cursor,
             checkpoint=checkpoint.path if checkpoint else None,
             metrics=self._metrics,
         )

@@ -76,6 +76,8 @@ class Learning:
         """Number of the policy version last published; staleness is counted from it."""
         self.steps = 0
         """Batches of the run that the weights which count contain."""
+        self.has_moved = False
+        """Whether it has been trained since its weights were published last."""
         self._is_restored = True
         """False of a learner that was started anew and does not hold the last checkpoint that counts yet."""
         self.actor = self._begin()
@@ -117,6 +119,10 @@ class Learning:
         self._is_restored = False
         self.actor = self._begin()
         self._await_start()
+
+    def now_at(self, version: int) -> None:
+        """Its weights are published, as `version`."""
+        self.version, self.has_moved = version, False
 
     def call(self, method: str, *arguments: Any, what: str) -> Any:
         """Calls the learner as the last checkpoint that counts has it; one that dies meanwhile is replaced and asked.

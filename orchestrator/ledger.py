@@ -24,7 +24,8 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import TYPE_CHECKING, Self
+from threading import RLock
+from typing import TYPE_CHECKING, Any, Self
 
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.files import dump_json
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 FILE_NAME = "ledger.sqlite"
 _BUSY_S = 30.0
 _CACHE_KIB = 256
@@ -82,6 +83,22 @@ CREATE TABLE quarantine (
     prompt TEXT PRIMARY KEY, iteration INTEGER NOT NULL, reason TEXT NOT NULL, noted REAL NOT NULL
 );
 """
+
+
+class _Connection(sqlite3.Connection):
+    """One for threads that take turns: a statement waits until the transaction of another thread is over."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.turn = RLock()
+
+    def execute(self, *args: Any) -> sqlite3.Cursor:
+        with self.turn:
+            return super().execute(*args)
+
+    def executemany(self, *args: Any) -> sqlite3.Cursor:
+        with self.turn:
+            return super().executemany(*args)
 
 
 class RunStatus(StrEnum):
@@ -170,7 +187,7 @@ class LedgerReader:
     def _open(self, options: str = "") -> sqlite3.Row | None:
         """Connects; returns the schema's version."""
         address = f"{self.path.absolute().as_uri()}?mode={self._mode}{options}"
-        self.db = sqlite3.connect(address, uri=True, timeout=_BUSY_S)
+        self.db = sqlite3.connect(address, uri=True, timeout=_BUSY_S, factory=_Connection, check_same_thread=False)
         self.db.row_factory = sqlite3.Row
         self.db.isolation_level = None
         self.db.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
@@ -270,15 +287,19 @@ class Ledger(LedgerReader):
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """What is written within the block is on disk, all of it, when the block ends, or never was."""
-        self.db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            if self.db.in_transaction:  # a disk that is full has ended it already
-                self.db.execute("ROLLBACK")
-            raise
-        self.db.execute("COMMIT")
+        """What is written within the block is on disk, all of it, when the block ends, or never was.
+
+        Other threads wait until it ends.
+        """
+        with self.db.turn:
+            self.db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                if self.db.in_transaction:  # a disk that is full has ended it already
+                    self.db.execute("ROLLBACK")
+                raise
+            self.db.execute("COMMIT")
 
     def check_identity(self, config_hash: str) -> None:
         """Refuses a folder that holds another run than this one.

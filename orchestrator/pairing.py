@@ -64,7 +64,7 @@ def is_tie(first: float, second: float, min_margin: float = 0.0) -> bool:
 
 
 def make_pairs(
-    scored: ScoredGroup, config: PairingConfig, *, reference: PolicyVersion, takes_sides: bool = True
+    scored: ScoredGroup, config: PairingConfig, *, reference: PolicyVersion | None, takes_sides: bool = True
 ) -> tuple[list[PreferencePair], PairingCounts]:
     """Compares the completions of one prompt, best margins first.
 
@@ -76,7 +76,7 @@ def make_pairs(
         config: `best_worst` pairs highest with lowest, then the next ones inwards; `all` pairs every two that differ;
             `length_controlled` pairs the shortest of the near-best with the longest of the near-worst; `best_random`
             pairs the highest with a random lower one.
-        reference: the loss reference written into each pair.
+        reference: the loss reference written into each pair; None: not known yet.
         takes_sides: of the loss; see `conf.objectives.takes_sides`.
 
     Raises:
@@ -170,7 +170,9 @@ def _all(ranked: list[_Scored]) -> Iterable[tuple[_Scored, _Scored]]:
     return sorted(combinations(ranked, 2), key=lambda two: two[1].score - two[0].score)
 
 
-def _pair(scored: ScoredGroup, best: _Scored, worst: _Scored, label: float, reference: PolicyVersion) -> PreferencePair:
+def _pair(
+    scored: ScoredGroup, best: _Scored, worst: _Scored, label: float, reference: PolicyVersion | None
+) -> PreferencePair:
     group = scored.group
     return PreferencePair(
         id=f"{group.iteration}/{group.prompt.id}/{best.index}>{worst.index}",

@@ -7,17 +7,21 @@
 Work is split among the actors, the same way each time (`orchestrator/dispatch.py`). An actor that is
 started is brought up to date by `on_start` (a generator gets the current weights there). Seeds make a second try draw
 what the first one would have drawn.
+
+One thread may `map` while another calls `broadcast`: whoever sees a death first mends it, once, and the other one goes
+on with what took its place.
 """
 
 from __future__ import annotations
 
 import time
+from threading import RLock
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import ray
 
 from orchestrator.dispatch import Dispatch
-from orchestrator.errors import ActorLostError, ActorStartError, DeadlineError, PoolError
+from orchestrator.errors import ActorLostError, ActorStartError, DeadlineError, PoolError, WeightsLostError
 from orchestrator.events import EventKind, ignore
 from orchestrator.remote import fetch
 from orchestrator.slots import Slot, told
@@ -70,6 +74,8 @@ class ActorPool(Generic[Work, Result]):
         self._make = make
         self._start_deadline_s = start_deadline_s
         self._emit = emit
+        self.still = RLock()
+        """Held by a thread while nobody may be replaced by another one."""
         self.slots = [Slot(role=role, index=index) for index in range(num_actors)]
         for slot in self.slots:
             self._fill(slot)
@@ -102,8 +108,9 @@ class ActorPool(Generic[Work, Result]):
             except ActorStartError as error:
                 raise PoolError(f"could not start: {error}") from error
             except ActorLostError as error:
-                self.report_lost(slot, error, "start")
-                self.revive(slot, error, self._start_deadline_s)
+                actor = slot.actor
+                self.report_lost(slot, actor, error, "start")
+                self.revive(slot, actor, error, self._start_deadline_s)
 
     def broadcast(self, call: Callable[[Any], Any], *, what: str, deadline_s: float, knob: str) -> list[Any]:
         """Calls every actor and returns their answers; an actor found dead is replaced first and asked again.
@@ -115,19 +122,22 @@ class ActorPool(Generic[Work, Result]):
             PoolError: the restart budget is used up, or nobody is left.
         """
         end = time.monotonic() + deadline_s
-        self.fill_vacant(deadline_s)
-        refs = {slot.name: call(slot.actor) for slot in self.living}
-        answers = []
-        for slot in self.living:
-            while slot.actor is not None:
-                try:
-                    left_s = max(_GLANCE_S, end - time.monotonic())
-                    answers.append(fetch(refs[slot.name], what=f"{slot.name}: {what}", deadline_s=left_s, knob=knob))
-                    break
-                except ActorLostError as error:
-                    self.report_lost(slot, error, what)
-                    if self.revive(slot, error, end - time.monotonic()):
-                        refs[slot.name] = call(slot.actor)
+        with self.still:
+            self.fill_vacant(deadline_s)
+            refs = {slot.name: call(slot.actor) for slot in self.living}
+            answers = []
+            for slot in self.living:
+                while (actor := slot.actor) is not None:
+                    try:
+                        left_s = max(_GLANCE_S, end - time.monotonic())
+                        answers.append(
+                            fetch(refs[slot.name], what=f"{slot.name}: {what}", deadline_s=left_s, knob=knob)
+                        )
+                        break
+                    except ActorLostError as error:
+                        self.report_lost(slot, actor, error, what)
+                        if self.revive(slot, actor, error, end - time.monotonic()):
+                            refs[slot.name] = call(slot.actor)
         return answers
 
     def map(
@@ -165,17 +175,27 @@ class ActorPool(Generic[Work, Result]):
         )
         return dispatch.run(on_tick)
 
-    def report_lost(self, slot: Slot, error: Exception, doing: str) -> None:
-        """Says that a slot's actor is dead, and sees to it that it is: one that only cannot be reached is killed."""
-        ray.kill(slot.actor)
-        forget(slot.actor)
-        self._emit(told(slot, EventKind.LOST, f"{slot} died: {doing}. Last words: {error}"))
+    def report_lost(self, slot: Slot, actor: Any, error: Exception, doing: str) -> None:
+        """Says once that an actor is dead, and sees to it that it is: one that only cannot be reached is killed."""
+        with self.still:
+            if actor is slot.lost or (actor is not slot.actor and actor is not slot.candidate):
+                return
+            slot.lost = actor
+            ray.kill(actor)
+            forget(actor)
+            self._emit(told(slot, EventKind.LOST, f"{slot} died: {doing}. Last words: {error}"))
 
-    def revive(self, slot: Slot, error: Exception, left_s: float) -> bool:
+    def forgive(self, deaths: int) -> None:
+        """Gives deaths back to the restart budget: those that a piece of work is to blame for."""
+        with self.still:
+            self.restarts_left += deaths
+
+    def revive(self, slot: Slot, dead: Any, error: Exception, left_s: float) -> bool:
         """Starts a new actor in place of a dead one, for as long as the restart budget lasts.
 
         Args:
             slot: whose actor was reported lost.
+            dead: that actor; where another thread has put one in its place already, nothing is left to do.
             error: what it died of.
             left_s: seconds that whoever needs it can wait, beside the start deadline.
 
@@ -184,7 +204,12 @@ class ActorPool(Generic[Work, Result]):
 
         Raises:
             PoolError: the restart budget is used up, or no other slot is left.
+            WeightsLostError: no other slot is left, and there is nothing to bring the new actor up to date with.
         """
+        with self.still:
+            return slot.actor is not None if slot.actor is not dead else self._revive(slot, error, left_s)
+
+    def _revive(self, slot: Slot, error: Exception, left_s: float) -> bool:
         start, limit_s = time.monotonic(), max(_GLANCE_S, min(self._start_deadline_s, left_s))
         while True:
             if self.restarts_left == 0:
@@ -198,8 +223,8 @@ class ActorPool(Generic[Work, Result]):
                 self._await_start(slot, limit_s)
             except ActorLostError as again:
                 error = again
-                self.report_lost(slot, error, "start")
-            except DeadlineError as late:
+                self.report_lost(slot, slot.actor, error, "start")
+            except (DeadlineError, WeightsLostError) as late:
                 self._vacate(slot, late)
                 return False
             else:
@@ -208,19 +233,22 @@ class ActorPool(Generic[Work, Result]):
 
     def fill_vacant(self, left_s: float) -> None:
         """Takes back the vacant slots whose new actor is up by now; one that died on the way is started again."""
-        for slot in self.slots:
-            if slot.actor is not None or not ray.wait([slot.candidate.ready.remote()], timeout=_GLANCE_S)[0]:
-                continue
-            start, slot.actor = time.monotonic(), slot.candidate
-            try:
-                self._await_start(slot, min(self._start_deadline_s, left_s))
-            except ActorLostError as error:
-                self.report_lost(slot, error, "start")
-                self.revive(slot, error, left_s)
-            except DeadlineError as late:
-                self._vacate(slot, late)
-            else:
-                self._tell_replaced(slot, start)
+        with self.still:
+            for slot in self.slots:
+                if slot.actor is None and ray.wait([slot.candidate.ready.remote()], timeout=_GLANCE_S)[0]:
+                    self._take_back(slot, left_s)
+
+    def _take_back(self, slot: Slot, left_s: float) -> None:
+        start, slot.actor = time.monotonic(), slot.candidate
+        try:
+            self._await_start(slot, min(self._start_deadline_s, left_s))
+        except ActorLostError as error:
+            self.report_lost(slot, slot.actor, error, "start")
+            self.revive(slot, slot.actor, error, left_s)
+        except (DeadlineError, WeightsLostError) as late:
+            self._vacate(slot, late)
+        else:
+            self._tell_replaced(slot, start)
 
     def _fill(self, slot: Slot) -> None:
         slot.actor, slot.where = self._make(slot.index), None
@@ -235,9 +263,11 @@ class ActorPool(Generic[Work, Result]):
         if self.on_start is not None:
             self.on_start(actor)
 
-    def _vacate(self, slot: Slot, late: DeadlineError) -> None:
+    def _vacate(self, slot: Slot, late: DeadlineError | WeightsLostError) -> None:
         slot.candidate, slot.actor = slot.actor, None
         if not self.living:
+            if isinstance(late, WeightsLostError):
+                raise late
             raise PoolError(f"{slot.name} could not be replaced, and nobody else is left: {late}") from late
         others = ", ".join(other.name for other in self.living)
         text = f"{late} Its work goes to {others} until its new actor is up: is a machine gone?"

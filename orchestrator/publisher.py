@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from orchestrator.errors import LostObjectError
+from orchestrator.errors import LostObjectError, WeightsLostError
 from orchestrator.remote import fetch
 from orchestrator.types import PolicyVersion
 
@@ -34,6 +34,11 @@ class Publisher:
         roles.generators.on_start = self._bring_up_to_date
 
     @property
+    def is_published(self) -> bool:
+        """Whether generators hold any weights."""
+        return self._current is not None
+
+    @property
     def version(self) -> PolicyVersion:
         """The weights that generators hold. Raises RuntimeError before the first publication."""
         if self._current is None:
@@ -47,8 +52,9 @@ class Publisher:
             PublicationError: one does not.
             DeadlineError: one did not answer.
         """
-        version = self._roles.learner.surviving(lambda: self._publish(number))
-        self._roles.learner.version = number
+        with self._roles.generators.still:
+            version = self._roles.learner.surviving(lambda: self._publish(number))
+        self._roles.learner.now_at(number)
         self._accounts.publish(version, iteration)
         return version
 
@@ -61,6 +67,7 @@ class Publisher:
                 knob=_KNOB,
             )
 
+        self._current = None  # whoever is started now need not be given what is about to be replaced
         return self._send_to(load, number).version
 
     def _send_to(self, load: Callable[[Publication], None], number: int) -> Publication:
@@ -69,13 +76,13 @@ class Publisher:
         Raises:
             ActorLostError: the learner died, and its memory with it.
         """
-        publication = self._current = self._send(number, share=self._shares)
+        publication = self._send(number, share=self._shares)
         try:
             load(publication)
         except LostObjectError:
             if publication.shared is None:
                 raise
-            publication = self._current = self._send(number, share=False)
+            publication = self._send(number, share=False)
             load(publication)
             self._shares = False
         return publication
@@ -86,7 +93,8 @@ class Publisher:
         generators.broadcast(
             lambda actor: actor.ready.remote(), what="sign of life", deadline_s=self._deadline_s, knob=_KNOB
         )
-        publication: Publication = fetch(
+        publication: Publication
+        publication = self._current = fetch(
             learner.actor.publish.remote(
                 number, generators.actors, generators.nodes if share else None, self._deadline_s
             ),
@@ -101,6 +109,7 @@ class Publisher:
 
         Raises:
             ActorLostError: it died.
+            WeightsLostError: nobody has them any more: it has to wait for the next ones.
         """
         if self._current is None:
             return
@@ -108,8 +117,12 @@ class Publisher:
             if not self._current.is_packed:
                 raise LostObjectError("nothing is kept of weights that were sent by NCCL or IPC")
             self._update(actor, self._current)
-        except LostObjectError:
+        except LostObjectError as error:
             number = self._current.version.number
+            if self._roles.learner.has_moved:
+                raise WeightsLostError(
+                    f"weights v{number} are lost, and the learner has gone on from them: {error}"
+                ) from error
             self._roles.learner.surviving(lambda: self._send_to(partial(self._update, actor), number))
 
     def _update(self, actor: Any, publication: Publication) -> None:

@@ -18,7 +18,7 @@ from ray.exceptions import (
 )
 
 from orchestrator.errors import ActorLostError, ActorStartError, AgonError, DeadlineError, LostObjectError
-from orchestrator.waits import owners, waiting
+from orchestrator.waits import check_wanted, may_be_unwanted, owners, waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,6 +27,8 @@ NO_START = (ActorUnschedulableError, RuntimeEnvSetupError)
 DEATHS = (RayActorError, OutOfMemoryError, *NO_START)
 """What Ray raises where an actor's process is gone or never was; `OutOfMemoryError`: it was killed to save its node."""
 
+_GLANCE_S = 0.5
+"""How often a thread beside the main one looks whether its work is still wanted."""
 _RAISED = re.compile(r"[\w.]*(Error|Exception|Exit|Interrupt)(:|$)")
 _ADDRESS = re.compile(r"([\w ]+ )?https?://\S+")
 _LAST_LINES = 3
@@ -102,8 +104,14 @@ def lost(error: ObjectLostError, what: str) -> LostObjectError:
 
 
 def _get(ref: Any, *, what: str, deadline_s: float, left_s: float, knob: str) -> Any:
+    end = time.monotonic() + left_s
     try:
-        return ray.get(ref, timeout=left_s)
+        while may_be_unwanted() and (left := end - time.monotonic()) > 0:
+            check_wanted()
+            refs = _listed(ref)
+            if len(ray.wait(refs, num_returns=len(refs), timeout=min(_GLANCE_S, left))[0]) == len(refs):
+                break
+        return ray.get(ref, timeout=max(0.0, end - time.monotonic()))
     except RayTaskError as error:  # first: Ray gives it the class of its cause as a second parent
         raise unwrap(error, what) from None
     except DEATHS as error:

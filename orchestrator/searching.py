@@ -175,7 +175,7 @@ class TreeCollector:
             logprobs=tuple(value for step in steps for value in step.logprobs) + answer.logprobs,
         )
 
-    def _pair(self, search: PromptSearch, pair: StepPair, reference: PolicyVersion) -> PreferencePair:
+    def _pair(self, search: PromptSearch, pair: StepPair, reference: PolicyVersion | None) -> PreferencePair:
         tree, prompt = search.tree, search.prompt
         state = tree.tokens_to(tree.nodes[pair.state])
         text = self._text(state)

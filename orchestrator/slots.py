@@ -24,6 +24,8 @@ class Slot:
     """Of the latest actor; None until it is up."""
     candidate: Any = None
     """The actor that will work here once it is up, while the slot is vacant."""
+    lost: Any = None
+    """The latest actor of the slot that was reported to be dead."""
 
     @property
     def name(self) -> str:

@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
 _TOKENS, _LOGPROBS = pa.list_(pa.int32()), pa.list_(pa.float64())
 _SWITCHES = pa.list_(pa.struct([("token", pa.int32()), ("number", pa.int32()), ("digest", pa.string())]))
-_VERSION = "2"
+_REFERENCE = "loss reference (null: that of its iteration, which was not known when the pair was made)"
+_VERSION = "3"
 
 
 def _column(name: str, kind: Any, doc: str, unit: str = "", *, nullable: bool = False) -> Any:
@@ -105,8 +106,8 @@ PAIRS = _schema(
         *_completion("rejected_", "the rejected completion"),
         _column("chosen_score", pa.float64(), "score of the chosen completion", "scorer's own"),
         _column("rejected_score", pa.float64(), "score of the rejected completion", "scorer's own"),
-        _column("reference_number", pa.int32(), "loss reference: publications before it", "count"),
-        _column("reference_digest", pa.string(), "loss reference: xxh3-64 of its weights", "hex"),
+        _column("reference_number", pa.int32(), f"{_REFERENCE}: publications before it", "count", nullable=True),
+        _column("reference_digest", pa.string(), f"{_REFERENCE}: xxh3-64 of its weights", "hex", nullable=True),
         _column("scorer", pa.string(), "name and version of the scorer"),
         _column("label", pa.float64(), "probability that the chosen completion is the better one"),
         _column("weight", pa.float64(), "multiplies the pair's loss"),
@@ -269,8 +270,8 @@ def _pair_row(pair: PreferencePair) -> dict[str, Any]:
         **_prompt_row(pair.prompt),
         **_completion_row("chosen_", pair.chosen),
         **_completion_row("rejected_", pair.rejected),
-        "reference_number": pair.reference.number,
-        "reference_digest": pair.reference.digest,
+        "reference_number": pair.reference and pair.reference.number,
+        "reference_digest": pair.reference and pair.reference.digest,
     }
 
 
@@ -338,13 +339,17 @@ def _pair(row: dict[str, Any]) -> PreferencePair:
         chosen_score=row["chosen_score"],
         rejected_score=row["rejected_score"],
         iteration=row["iteration"],
-        reference=PolicyVersion(number=row["reference_number"], digest=row["reference_digest"]),
+        reference=_policy_or_none(row["reference_number"], row["reference_digest"]),
         scorer=row["scorer"],
         label=row["label"],
         weight=row["weight"],
         chosen_token_weights=_optional(row["chosen_token_weights"]),
         rejected_token_weights=_optional(row["rejected_token_weights"]),
     )
+
+
+def _policy_or_none(number: int | None, digest: str | None) -> PolicyVersion | None:
+    return None if number is None or digest is None else PolicyVersion(number=number, digest=digest)
 
 
 def _optional(values: Sequence[float] | None) -> tuple[float, ...] | None:

@@ -89,6 +89,7 @@ class Training:
         """
         batches = self._plan(iteration, pairs)
         self._log(iteration, self._accounts.results(iteration))
+        self._learning.has_moved = True
         self._learning.surviving(lambda: self._train(iteration, batches))
         return self._accounts.results(iteration)
 
@@ -155,6 +156,7 @@ class Training:
                 mismatched=mismatched,
                 include_prompt=loss.include_prompt,
                 sampled_reference=self._sampled_reference,
+                stale=self._config.pipeline.mode == "async" and loss.importance_clip > 1,
             )
             self._accounts.issue_batch(iteration, number)
             reference, give_up_at = ray.put(packed), time.monotonic() + deadline_s

@@ -138,6 +138,12 @@ class RolloutGroup:
     """Seed of the group; the seed of completion k is derived from it."""
 
 
+def sampled_by(group: RolloutGroup) -> set[PolicyVersion]:
+    """All weights that sampled any token of a group."""
+    completions = group.completions
+    return {one.policy for one in completions} | {policy for one in completions for _, policy in one.switches}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
     """A scorer's word on one completion, or its silence.
@@ -184,8 +190,8 @@ class PreferencePair:
     chosen_score: float
     rejected_score: float
     iteration: int
-    reference: PolicyVersion
-    """The loss reference this pair will be trained against."""
+    reference: PolicyVersion | None
+    """The loss reference this pair will be trained against; None while it is not known (`pipeline.mode=async`)."""
     scorer: str
     label: float = 1.0
     """Probability that the chosen completion is the better one, for losses with soft labels."""
@@ -249,6 +255,9 @@ class PreferenceBatch:
     reference_logprobs: NDArray[np.float32] | None
     """[C] log-prob of each completion token under the reference, completions in order: as sampled, where the
     reference is what sampled them, else from the learner's forward pass; None until then."""
+    sampled_logprobs: NDArray[np.float32] | None
+    """[C] log-prob of each completion token under the weights that sampled it; 0 where that was not noted, in
+    completions that belong to no pair. None where the pairs' weights need no correction for stale data."""
     pair_ids: tuple[str, ...]
     """[P]"""
     reference: PolicyVersion

@@ -4,6 +4,9 @@
     pools, placement --introduce()--> [ register of actors ] <--owners()-- messages, the watchdog
 
 A reference to an actor's answer names the actor by its id, so that whoever waits needs to know no more than that.
+
+A thread that works beside the main one looks now and then whether anybody wants its work any more: Ray cannot be shut
+down under a thread that waits for it.
 """
 
 from __future__ import annotations
@@ -53,7 +56,12 @@ class Wait:
     """On the monotonic clock, seconds."""
 
 
+class Unwanted(BaseException):
+    """Raised in a thread whose work nobody wants any more. No `Exception`: nothing mends it."""
+
+
 _lock = threading.Lock()
+_mine = threading.local()
 _waits: list[Wait] = []
 _peers: dict[str, Peer] = {}
 
@@ -75,6 +83,22 @@ def underway() -> list[Wait]:
     """All waits of this process, the oldest first."""
     with _lock:
         return list(_waits)
+
+
+def work_until(unwanted: threading.Event) -> None:
+    """From now on waits of this thread end with `Unwanted` soon after the event is set."""
+    _mine.unwanted = unwanted
+
+
+def may_be_unwanted() -> bool:
+    """Whether this thread was told to look."""
+    return getattr(_mine, "unwanted", None) is not None
+
+
+def check_wanted() -> None:
+    """Raises Unwanted where nobody wants what this thread does."""
+    if may_be_unwanted() and _mine.unwanted.is_set():
+        raise Unwanted
 
 
 def introduce(peer: Peer) -> None:

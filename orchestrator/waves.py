@@ -9,16 +9,17 @@ again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from orchestrator.filters import filter_pairs
 from orchestrator.metrics import pair_metrics, rollout_metrics
 from orchestrator.store import read_pairs
 from orchestrator.tally import Tally
+from orchestrator.types import sampled_by
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from conf.schema import FilterConfig
     from orchestrator.accounts import Accounts
@@ -34,32 +35,49 @@ if TYPE_CHECKING:
 class Wave:
     """Prompts that are sampled, judged and written together.
 
-    Example: ``Wave(iteration=2, number=0, prompts=[...], policy=versions[1], reference=versions[1])``
+    Example: ``Wave(iteration=2, number=0, prompts=[...], policies=[versions[1]], reference=versions[1])``
     """
 
     iteration: int
     number: int
     """Counts the waves of the iteration from 0."""
     prompts: Sequence[Prompt]
-    policy: PolicyVersion
-    """The weights that generators hold."""
-    reference: PolicyVersion
-    """What the pairs will be trained against."""
+    policies: Collection[PolicyVersion] | None
+    """The weights that may have sampled it; None: whichever the generators hold, since who may is not known yet."""
+    reference: PolicyVersion | None
+    """What the pairs will be trained against; None: not known yet."""
+
+    def takes(self, digests: Iterable[str]) -> bool:
+        """Whether weights with these digests may have sampled it."""
+        return self.policies is None or {policy.digest for policy in self.policies}.issuperset(digests)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Harvest:
     """What the waves of an iteration came to."""
 
-    pairs: Sequence[PreferencePair]
+    pairs: Sequence[PreferencePair] = ()
     """Those that are trained on."""
-    tally: Tally
-    tokens: int
+    tally: Tally = field(default_factory=Tally)
+    tokens: int = 0
     """Sampled for it by this process; what an earlier one had committed is not among them."""
+    evicted: int = 0
+    """Pairs that had been made already by weights that may not have sampled them, and were made anew."""
+    sampled_by: frozenset[str] = frozenset()
+    """Digests of the weights that sampled it."""
+
+    def __add__(self, other: Harvest) -> Harvest:
+        return Harvest(
+            pairs=[*self.pairs, *other.pairs],
+            tally=self.tally + other.tally,
+            tokens=self.tokens + other.tokens,
+            evicted=self.evicted + other.evicted,
+            sampled_by=self.sampled_by | other.sampled_by,
+        )
 
 
 class Waves:
-    """Collects the waves of an iteration.
+    """Collects waves.
 
     Args:
         collector: makes the pairs of a wave.
@@ -93,45 +111,46 @@ class Waves:
         self._accounts = accounts
         self._quarantined = quarantined
 
-    def collect(self, waves: Sequence[Wave]) -> Harvest:
-        """The pairs of an iteration.
+    def collect(self, wave: Wave) -> Harvest:
+        """The pairs of a wave, read back where it is committed already.
 
         Raises:
-            AgonError: an actor or judge failed; the waves before stay committed.
+            AgonError: an actor or judge failed; nothing of it counts but its samples.
         """
-        pairs: list[PreferencePair] = []
-        tally, tokens = Tally(), 0
-        for wave in waves:
-            found = self._committed(wave)
-            if found is None:
-                made, counted, sampled = self._collect(wave)
-                tokens += sampled
-            else:
-                made, counted = found
-            self._archive.drop(self._store.path("samples", wave.iteration, wave.number))
-            pairs += made
-            tally += counted
-        return Harvest(pairs=pairs, tally=tally, tokens=tokens)
+        evicted = self._evict(wave)
+        found = self._committed(wave) or self._collect(wave)
+        self._archive.drop(self._store.path("samples", wave.iteration, wave.number))
+        return found + Harvest(evicted=evicted)
 
     def are_committed(self, waves: Sequence[Wave]) -> bool:
         """Whether nothing of these is left to do."""
         return all(self._committed(wave) for wave in waves)
 
-    def _committed(self, wave: Wave) -> tuple[list[PreferencePair], Tally] | None:
-        """What was committed of a wave by an earlier process; None where it has to be done."""
+    def _evict(self, wave: Wave) -> int:
+        """Gives up a committed wave that weights sampled which may not have; returns how many pairs it had."""
         outcome = self._accounts.wave_outcome(wave.iteration, wave.number)
-        if outcome is None:
+        if outcome is None or wave.takes(outcome["policies"]):
+            return 0
+        for kind in outcome["files"]:
+            self._archive.drop(self._store.path(kind, wave.iteration, wave.number))
+        with self._ledger.transaction():
+            return self._accounts.forget_wave(wave.iteration, wave.number)
+
+    def _committed(self, wave: Wave) -> Harvest | None:
+        """What was committed of a wave; None where it has to be done."""
+        outcome = self._accounts.wave_outcome(wave.iteration, wave.number)
+        if outcome is None or not wave.takes(outcome["policies"]):
             return None
         paths = {kind: self._store.path(kind, wave.iteration, wave.number) for kind in outcome["files"]}
-        if outcome["policy"] != wave.policy.digest:
-            for path in paths.values():
-                self._archive.drop(path)
-            return None
         if not all(self._archive.intact(path) for path in paths.values()):
             return None
-        return read_pairs(paths["pairs"]), Tally.load(outcome["tally"])
+        return Harvest(
+            pairs=read_pairs(paths["pairs"]),
+            tally=Tally.load(outcome["tally"]),
+            sampled_by=frozenset(outcome["policies"]),
+        )
 
-    def _collect(self, wave: Wave) -> tuple[list[PreferencePair], Tally, int]:
+    def _collect(self, wave: Wave) -> Harvest:
         with self._ledger.transaction():
             self._accounts.issue_wave(wave.iteration, wave.number, [prompt.id for prompt in wave.prompts])
         collected = self._collector.collect(wave)
@@ -143,8 +162,9 @@ class Waves:
             + collected.tally
             + pair_metrics(pairs, collected.counts, dropped)
         )
+        policies = {policy.digest for scored in collected.scored for policy in sampled_by(scored.group)}
         outcome = {
-            "policy": wave.policy.digest,
+            "policies": sorted(policies),
             "files": [path.parent.name for path in files],
             "tally": tally.dump(),
         }
@@ -153,4 +173,4 @@ class Waves:
             self._accounts.wave_scored(wave.iteration, wave.number, collected.scored, outcome)
             self._accounts.accept_pairs(wave.iteration, wave.number, pairs)
             self._accounts.quarantine(self._quarantined, wave.iteration)
-        return pairs, tally, collected.tokens
+        return Harvest(pairs=pairs, tally=tally, tokens=collected.tokens, sampled_by=frozenset(policies))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from orchestrator.batching import batches, pack, pack_sequences, split
 from orchestrator.types import Completion, FinishReason, PolicyVersion, PreferenceBatch, PreferencePair, Prompt
+from tests import records
 
 REFERENCE = PolicyVersion(number=0, digest="0" * 16)
 
@@ -63,13 +64,15 @@ def unpacked(batch: PreferenceBatch):
         for number in (batch.chosen[index], batch.rejected[index]):
             group, start = batch.completion_groups[number], batch.completion_starts[number]
             prompt = batch.prompt_starts[group]
-            reference = batch.reference_logprobs
+            tokens = slice(ends[number] - batch.completion_lengths[number], ends[number])
             sides.append(
                 (
                     tuple(batch.tokens[prompt : prompt + batch.prompt_lengths[group]].tolist()),
                     tuple(batch.tokens[start : start + batch.completion_lengths[number]].tolist()),
-                    reference is not None
-                    and tuple(reference[ends[number] - batch.completion_lengths[number] : ends[number]].tolist()),
+                    *(
+                        values is not None and tuple(values[tokens].tolist())
+                        for values in (batch.reference_logprobs, batch.sampled_logprobs)
+                    ),
                 )
             )
         facts[name] = (
@@ -120,16 +123,45 @@ def test_log_probs_as_sampled_are_the_reference_where_it_sampled_everything(pair
     for pair in pairs:
         for side in (pair.chosen, pair.rejected):
             known.setdefault((pair.prompt.token_ids, side.token_ids), set()).add(side.logprobs)
-    for prompt, tokens, logprobs in (side for facts in unpacked(batch).values() for side in facts[:2]):
+    for prompt, tokens, logprobs, _ in (side for facts in unpacked(batch).values() for side in facts[:2]):
         assert logprobs in known[prompt, tokens]
     assert pack(pairs, sampled_reference=True, include_prompt=True).reference_logprobs is None
     mismatched = pack(pairs, sampled_reference=True, mismatched=True)
     assert (mismatched.reference_logprobs is None) == (len(mismatched.mismatched) > 0)
 
 
-@given(pair_lists(), st.integers(1, 60))
-def test_split_loses_no_pair_and_respects_the_bound(pairs, max_tokens):
-    batch = annotated(pack(pairs))
+@given(pair_lists(), st.booleans())
+def test_stale_pairs_bring_along_what_they_were_sampled_with(pairs, mismatched):
+    """Where two of a prompt drew the same tokens, what was noted of one of them."""
+
+    def noted(side, start):
+        return replace(side, logprobs=tuple(-start - place for place in range(len(side.token_ids))))
+
+    pairs = [
+        replace(pair, chosen=noted(pair.chosen, 2 * index), rejected=noted(pair.rejected, 2 * index + 1))
+        for index, pair in enumerate(pairs)
+    ]
+    known = {}
+    for pair in pairs:
+        for side in (pair.chosen, pair.rejected):
+            known.setdefault((pair.prompt.token_ids, side.token_ids), set()).add(side.logprobs)
+    batch = pack(pairs, stale=True, mismatched=mismatched)
+    assert len(batch.sampled_logprobs) == batch.num_completion_tokens
+    for prompt, tokens, _, logprobs in (side for facts in unpacked(batch).values() for side in facts[:2]):
+        assert logprobs in known[prompt, tokens]
+    assert pack(pairs).sampled_logprobs is None
+    with pytest.raises(ValueError, match="1 log-probs of 2 tokens"):
+        pack([replace(pairs[0], chosen=replace(pairs[0].chosen, token_ids=(7, 8), logprobs=(-1.0,)))], stale=True)
+
+
+def test_a_pair_whose_reference_is_not_known_yet_cannot_be_packed():
+    with pytest.raises(ValueError, match="has no reference yet"):
+        pack([replace(records.pair(records.completion(5), records.completion(6)), reference=None)])
+
+
+@given(pair_lists(), st.integers(1, 60), st.booleans())
+def test_split_loses_no_pair_and_respects_the_bound(pairs, max_tokens, stale):
+    batch = annotated(pack(pairs, stale=stale))
     parts = split(batch, max_tokens)
     together = {}
     for part in parts:

@@ -129,7 +129,7 @@ def rollouts_of(config, **methods):
 
 
 def wave_of(prompts):
-    return Wave(iteration=1, number=0, prompts=prompts, policy=V0, reference=V0)
+    return Wave(iteration=1, number=0, prompts=prompts, policies=[V0], reference=V0)
 
 
 def by_samples(folder, config, rollouts, judge, prompts):

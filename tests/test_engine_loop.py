@@ -155,3 +155,33 @@ def test_stop_closes_the_engine_and_fails_what_runs():
     with pytest.raises(RuntimeError, match="stopped"):
         wave.result(5)
     assert engine_of(loop).closed
+
+
+def test_nothing_is_sampled_during_a_pause():
+    """Weights that come tensor by tensor are on their way: what runs waits, and so does what comes meanwhile."""
+    loop = EngineLoop(CountingEngine())
+    loop.hold(VERSION)
+
+    def pause(engine):
+        loop.pause()
+        return len(engine.batches)
+
+    running, before = loop.call(lambda engine: (loop.submit([request("long", 50)]), loop.call(pause))).result(5)
+    steps = before.result(5)
+    late = loop.submit([request("late", 3)])
+    assert loop.call(lambda engine: len(engine.batches)).result(5) == steps
+    assert not running.done()
+    loop.call(lambda _: loop.hold(NEXT)).result(5)
+    assert late.result(5)[0].policy == NEXT
+    (completion,) = running.result(5)
+    assert (completion.policy, completion.switches) == ((VERSION, ((steps, NEXT),)) if steps else (NEXT, ()))
+
+
+def test_what_came_during_a_pause_is_refused_where_no_weights_are_proved():
+    loop = EngineLoop(CountingEngine())
+    loop.hold(VERSION)
+    loop.call(lambda _: loop.pause()).result(5)
+    late = loop.submit([request("late", 3)])
+    loop.call(lambda _: loop.hold(None)).result(5)
+    with pytest.raises(PublicationError, match="no published weights"):
+        late.result(5)

@@ -6,6 +6,8 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 
 import pytest
 
@@ -144,5 +146,26 @@ def test_another_schema_is_refused(tmp_path):
     Ledger(tmp_path).close()
     with sqlite3.connect(tmp_path / "ledger.sqlite") as db:
         db.execute("UPDATE schema SET version = 99")
-    with pytest.raises(DataError, match="schema version 99, expected 2"):
+    with pytest.raises(DataError, match="schema version 99, expected 3"):
         Ledger(tmp_path)
+
+
+def test_another_thread_waits_until_a_transaction_is_over(tmp_path):
+    """What it writes is not undone with the transaction, and not seen in it."""
+    done = threading.Event()
+
+    def write():
+        ledger.start_phase(2, "collect")
+        done.set()
+
+    with Ledger(tmp_path) as ledger:
+        with suppress(KeyError), ledger.transaction():
+            ledger.start_phase(1, "train")
+            thread = threading.Thread(target=write)
+            thread.start()
+            assert not done.wait(0.2)
+            assert [phase.iteration for phase in ledger.phases()] == [1]
+            raise KeyError
+        assert done.wait(10)
+        thread.join()
+        assert [phase.iteration for phase in ledger.phases()] == [2]

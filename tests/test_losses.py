@@ -383,7 +383,7 @@ OTHER_VALUES = {
     "sft_weight": [0.3],
     "sft_target": ["chosen", "best"],
 }
-"""Of every key of `loss.*` but the name, and include_prompt, which is carried out where pairs are packed."""
+"""Of every key of `loss.*` but the name, and those that are carried out where pairs are packed and weighed."""
 REFUSED = {name: {"labels", "label_smoothing", "weighting"} for name in GROUPS} | {
     name: {"labels", "weighting"} for name in BY_RANK
 }
@@ -423,10 +423,10 @@ def trace(settings):
 )
 def test_facts_tell_which_keys_are_read(config):
     """A key changes the values, or is named as one that does not: each is set to another value."""
-    assert {field.name for field in fields(LossConfig)} == {*OTHER_VALUES, "name", "include_prompt"}
+    assert {field.name for field in fields(LossConfig)} == {*OTHER_VALUES, "name", "include_prompt", "importance_clip"}
     config = {"beta": 0.3} | config
     refused = REFUSED.get(config["name"], set())
-    before, read = trace(config), {"name", "include_prompt"}
+    before, read = trace(config), {"name", "include_prompt", "importance_clip"}
     for key in OTHER_VALUES.keys() - refused:
         others = [trace(config | {key: other}) for other in OTHER_VALUES[key]]
         if not all(torch.allclose(other[: len(before)], before[: len(other)], rtol=1e-9) for other in others):

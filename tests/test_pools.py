@@ -3,12 +3,13 @@
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import ray
 
 from orchestrator.dispatch import Poisoned
-from orchestrator.errors import ConfigError, DeadlineError, PoolError
+from orchestrator.errors import ConfigError, DeadlineError, PoolError, WeightsLostError
 from orchestrator.events import EventKind
 from orchestrator.pools import ActorPool
 from orchestrator.stacks import Observable
@@ -264,3 +265,52 @@ def test_deaths_of_other_causes_set_nothing_aside(ray_cluster, tmp_path):
     assert work(pool, numbers, keys=list("abcde")) == squares(numbers)
     assert kinds(events) == ["lost", "replaced"] * 2
     assert pool.restarts_left == 1
+
+
+def test_who_dies_under_two_threads_is_replaced_once(ray_cluster, tmp_path):
+    """One has its work in hand and the other one a broadcast: both go on with the same new actor."""
+    pool, events = make_pool(tmp_path, 2)
+    with ThreadPoolExecutor(1) as beside:
+        numbers = list(range(1, 9))
+        answers = beside.submit(
+            lambda: [
+                pool.broadcast(lambda actor: actor.learn.remote("v1"), what="learn", deadline_s=60, knob="x")
+                for _ in range(40)
+            ]
+        )
+        found = [value for value, _ in work(pool, [*numbers, -20, -21, *numbers], deadline_s=60)]
+        assert found == [number * number for number in [*numbers, -20, -21, *numbers]]
+        assert answers.result(60) == [["v1", "v1"]] * 40
+    lost = sum(kind == "lost" for kind in kinds(events))
+    assert kinds(events) == ["lost", "replaced"] * lost
+    assert pool.restarts_left == 3 - lost
+    assert 1 <= lost <= 2
+
+
+def test_one_that_nothing_can_bring_up_to_date_waits_while_others_work(ray_cluster, tmp_path):
+    pool, events = make_pool(tmp_path, 2)
+    there = {"is": False}
+
+    def bring_up_to_date(actor):
+        if not there["is"]:
+            raise WeightsLostError("weights v3 are lost, and the learner has gone on from them")
+
+    pool.on_start = bring_up_to_date
+    numbers = [1, -2, 3, 4]
+    assert work(pool, numbers) == squares(numbers)
+    assert kinds(events) == ["lost", "moved"]
+    assert "weights v3 are lost" in events[1].text
+    there["is"] = True
+    assert work(pool, numbers) == squares(numbers)
+    assert kinds(events) == ["lost", "moved", "replaced"]
+
+
+def test_where_nobody_is_left_but_those_that_nothing_brings_up_to_date_it_is_said(ray_cluster, tmp_path):
+    pool, _ = make_pool(tmp_path, 1)
+
+    def bring_up_to_date(actor):
+        raise WeightsLostError("weights v3 are lost")
+
+    pool.on_start = bring_up_to_date
+    with pytest.raises(WeightsLostError, match="weights v3 are lost"):
+        work(pool, [1, -2])

@@ -2,11 +2,12 @@
 
 import os
 import subprocess
+from threading import RLock
 
 import pytest
 import ray
 
-from orchestrator.errors import ActorLostError, LostObjectError
+from orchestrator.errors import ActorLostError, WeightsLostError
 from orchestrator.publisher import Publisher
 from orchestrator.rollouts import Roles
 from orchestrator.shared_memory import SharedSlots
@@ -56,6 +57,7 @@ class Pool:
     """As much of an `ActorPool` as a publisher needs."""
 
     def __init__(self):
+        self.still = RLock()
         self.actors, self.nodes = [ray.remote(num_cpus=0)(FakeGenerator).remote()], ["node"]
 
     def broadcast(self, call, *, what, deadline_s, knob):
@@ -66,7 +68,10 @@ class Pool:
 
 class Learning:
     def __init__(self, actor):
-        self.actor, self.version = actor, 0
+        self.actor, self.version, self.has_moved = actor, 0, False
+
+    def now_at(self, version):
+        self.version, self.has_moved = version, False
 
     def surviving(self, action):
         return action()
@@ -104,6 +109,23 @@ def test_memory_that_died_with_its_learner_is_the_learners_death(ray_cluster):
     learner.die.remote()
     with pytest.raises(ActorLostError):
         publisher.publish(2, 2)
-    with pytest.raises(LostObjectError):
-        publisher._current.shared.open()
+    assert not publisher.is_published
     assert publisher._shares
+
+
+@pytest.mark.parametrize("has_moved", [False, True])
+def test_weights_whose_memory_is_gone_are_published_again_unless_the_learner_has_gone_on(ray_cluster, has_moved):
+    """What it has now is not what is asked for."""
+    publisher, learner = make(hidden=False)
+    publisher.publish(1, 1)
+    publisher._current = publication(
+        1, shared=type(publisher._current.shared)(pid=1, born=0.0, descriptor=9, num_bytes=8)
+    )
+    publisher._roles.learner.has_moved = has_moved
+    (generator,) = publisher._roles.generators.actors
+    if has_moved:
+        with pytest.raises(WeightsLostError, match="weights v1 are lost, and the learner has gone on"):
+            publisher._bring_up_to_date(generator)
+    else:
+        publisher._bring_up_to_date(generator)
+    assert len(ray.get(learner.asked_for.remote())) == (1 if has_moved else 2)

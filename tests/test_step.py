@@ -327,3 +327,55 @@ def test_without_a_reference_none_is_kept_or_computed(model_dir, tmp_path, monke
     again = make_trainer(model_dir, kind="none", loss=loss)
     again.load(tmp_path / "saved")
     assert largest_difference(weights(again), weights(without)) == 0
+
+
+def test_pairs_of_older_weights_count_as_often_as_the_policy_would_sample_them(model_dir):
+    """rho = pi / mu of each completion within [1/c, c], by the plain forward pass; 1 where nothing is stale."""
+    clip, beta = 1.5, 0.1
+    loss = LossConfig(beta=beta, importance_clip=clip)
+    lots, before = np.random.default_rng(3), make_pairs(8, pairs_per_prompt=1)
+    batch = pack(before)
+    now = plain_token_logprobs(make_trainer(model_dir).policy.model, batch).logprobs.detach().double().numpy()
+    now = np.split(now, np.cumsum(batch.completion_lengths)[:-1])
+
+    def older(side, place, number):
+        logprobs = now[place] + lots.normal(0, 0.15, len(now[place]))
+        return replace(side, policy=replace(side.policy, number=number), logprobs=tuple(logprobs))
+
+    pairs = [
+        replace(
+            pair,
+            chosen=older(pair.chosen, batch.chosen[index], index % 2),
+            rejected=older(pair.rejected, batch.rejected[index], 1),
+            weight=1.0,
+        )
+        for index, pair in enumerate(before)
+    ]
+    results = []
+    for micro_batch_tokens in (32, 10_000):
+        trainer = make_trainer(model_dir, loss=loss, micro_batch_tokens=micro_batch_tokens)
+        trainer.version = 1
+        trainer.begin_iteration(1, 1)
+        trainer.reference.parameters["lm_head.weight"].mul_(1.1)
+        batch = trainer.annotate(pack(pairs, stale=True))
+        policy = plain_token_logprobs(trainer.policy.model, batch).logprobs.detach().double().numpy()
+        results.append(trainer.update(batch).metrics)
+    cuts = np.cumsum(batch.completion_lengths)[:-1]
+    ours, anchors = (
+        np.array([part.sum() for part in np.split(values, cuts)]) for values in (policy, batch.reference_logprobs)
+    )
+    losses, importances = [], []
+    for index, pair in enumerate(pairs):
+        chosen, rejected = batch.chosen[index], batch.rejected[index]
+        rho = [
+            min(max(np.exp(ours[place] - sum(side.logprobs)), 1 / clip), clip)
+            for place, side in ((chosen, pair.chosen), (rejected, pair.rejected))
+        ]
+        importances.append(1.0 if index % 2 else rho[0] * rho[1])
+        delta = beta * (ours[chosen] - anchors[chosen] - ours[rejected] + anchors[rejected])
+        losses.append(importances[-1] * np.log1p(np.exp(-delta)))
+    assert len(set(np.round(importances, 6))) > 3, "some are clipped, others are not"
+    for metrics in results:
+        assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+        assert metrics["importance"] == pytest.approx(np.mean(importances), rel=1e-5)
+        assert (metrics["staleness_mean"], metrics["staleness_max"]) == (0.5, 1)

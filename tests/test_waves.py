@@ -1,6 +1,7 @@
 """A wave counts as a whole or is done again as a whole, wherever it was broken off."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -14,7 +15,7 @@ from orchestrator.ledger import Ledger
 from orchestrator.store import Store
 from orchestrator.tally import Tally
 from orchestrator.types import Prompt, RolloutGroup, Score, ScoredGroup
-from orchestrator.waves import Wave, Waves
+from orchestrator.waves import Harvest, Wave, Waves
 from tests.records import V0, V1, completion
 
 PROMPTS = [Prompt(id=f"task/{k}", text=f"{k}\n", token_ids=(1, 5 + k), answer="2") for k in range(4)]
@@ -26,7 +27,7 @@ class Drawing:
 
     def __init__(self, quarantined):
         self.drawn, self.quarantined = [], quarantined
-        self.policy = V1
+        self.policy, self.switch = V1, None
 
     def sample(self, prompts, draws):
         self.quarantined["task/9"] = "it kills"
@@ -38,10 +39,14 @@ class Drawing:
         tokens = [(*prompt.token_ids, 10 * self.policy.number + k) for k in range(draw.num_samples)]
         return RolloutGroup(
             prompt=prompt,
-            completions=tuple(completion(*each, policy=self.policy) for each in tokens),
+            completions=tuple(self._completion(each) for each in tokens),
             iteration=draw.iteration,
             seed=prompt.token_ids[-1],
         )
+
+    def _completion(self, tokens):
+        made = completion(*tokens, policy=self.policy)
+        return replace(made, switches=(self.switch,)) if self.switch else made
 
 
 class Judging:
@@ -93,9 +98,13 @@ def process(folder):
 
 def waves_of(policy=V1):
     return [
-        Wave(iteration=1, number=number, prompts=PROMPTS[start : start + 2], policy=policy, reference=V0)
+        Wave(iteration=1, number=number, prompts=PROMPTS[start : start + 2], policies=[policy], reference=V0)
         for number, start in enumerate((0, 2))
     ]
+
+
+def collect(process, policy=V1):
+    return sum((process.waves.collect(wave) for wave in waves_of(policy)), Harvest())
 
 
 def state(folder):
@@ -122,7 +131,7 @@ def state(folder):
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     with process(folder) as first:
-        harvest = first.waves.collect(waves_of())
+        harvest = collect(first)
     return folder, harvest, state(folder)
 
 
@@ -144,8 +153,9 @@ def test_what_is_committed_is_read_back_and_never_made_again(undisturbed):
     folder, harvest, left = undisturbed
     with process(folder) as second:
         assert second.waves.are_committed(waves_of())
-        again = second.waves.collect(waves_of())
+        again = collect(second)
         assert (second.rollouts.drawn, second.judge.asked, second.events) == ([], [], [])
+        assert (again.sampled_by, again.evicted) == ({V1.digest}, 0)
     assert (again.pairs, dict(again.tally), again.tokens) == (harvest.pairs, dict(harvest.tally), 0)
     assert state(folder) == left
 
@@ -192,9 +202,9 @@ def test_broken_off_anywhere_it_ends_as_if_nothing_had_happened(tmp_path, undist
     with process(tmp_path) as first, pytest.MonkeyPatch.context() as patched:
         break_off(patched, *point, after=after)
         with pytest.raises(KeyboardInterrupt):
-            first.waves.collect(waves_of())
+            collect(first)
     with process(tmp_path) as second:
-        again = second.waves.collect(waves_of())
+        again = collect(second)
         assert (again.pairs, dict(again.tally)) == (harvest.pairs, dict(harvest.tally))
         assert second.events == []
     assert state(tmp_path) == left
@@ -206,13 +216,13 @@ def stop_before_scoring(folder, policy=V1):
         first.rollouts.policy = policy
         break_off(patched, Judging, "score", 1, after=False)
         with pytest.raises(KeyboardInterrupt):
-            first.waves.collect(waves_of(policy))
+            collect(first, policy)
 
 
 def test_samples_that_are_left_are_not_drawn_again(tmp_path, undisturbed):
     stop_before_scoring(tmp_path)
     with process(tmp_path) as second:
-        assert second.waves.collect(waves_of()).tokens == 2 * 3 * 3
+        assert collect(second).tokens == 2 * 3 * 3
         assert second.rollouts.drawn == [["task/2", "task/3"]]
     assert state(tmp_path) == undisturbed[2]
 
@@ -220,7 +230,7 @@ def test_samples_that_are_left_are_not_drawn_again(tmp_path, undisturbed):
 def test_samples_of_other_weights_are_not_used(tmp_path, undisturbed):
     stop_before_scoring(tmp_path, policy=V0)
     with process(tmp_path) as second:
-        second.waves.collect(waves_of())
+        collect(second)
         assert second.rollouts.drawn == [["task/0", "task/1"], ["task/2", "task/3"]]
     assert state(tmp_path) == undisturbed[2]
 
@@ -230,7 +240,7 @@ def test_damaged_samples_are_told_of_and_drawn_again(tmp_path, undisturbed):
     (path,) = (tmp_path / "samples").iterdir()
     path.write_bytes(path.read_bytes()[:-9])
     with process(tmp_path) as second:
-        second.waves.collect(waves_of())
+        collect(second)
         assert len(second.rollouts.drawn) == 2
         assert [event.kind for event in second.events] == [EventKind.DAMAGED]
     assert state(tmp_path) == undisturbed[2]
@@ -239,7 +249,7 @@ def test_damaged_samples_are_told_of_and_drawn_again(tmp_path, undisturbed):
 @pytest.fixture
 def finished(tmp_path):
     with process(tmp_path) as first:
-        first.waves.collect(waves_of())
+        collect(first)
     return tmp_path
 
 
@@ -247,8 +257,9 @@ def test_waves_of_another_policy_are_done_again(finished):
     with process(finished) as second:
         second.rollouts.policy = V0
         assert not second.waves.are_committed(waves_of(V0))
-        harvest = second.waves.collect(waves_of(V0))
+        harvest = collect(second, V0)
         assert len(second.rollouts.drawn) == len(second.judge.asked) == 2
+        assert harvest.evicted == 4
         assert {pair.chosen.policy for pair in harvest.pairs} == {V0}
         assert second.waves.are_committed(waves_of(V0))
         assert not second.waves.are_committed(waves_of())
@@ -261,10 +272,21 @@ def test_a_damaged_file_makes_its_wave_again_from_what_stands_before_it(finished
     path.write_bytes(path.read_bytes()[:-9])
     with process(finished) as second:
         assert not second.waves.are_committed(waves_of())
-        again = second.waves.collect(waves_of())
+        again = collect(second)
         assert len(second.rollouts.drawn) == len(second.judge.asked) == draws
         (event,) = second.events
         assert (event.kind, str(path) in event.text) == (EventKind.DAMAGED, True)
         assert again.pairs == undisturbed[1].pairs
         assert again.tally["judge/asked"] == 1 + draws
     assert state(finished) | {"waves": None} == undisturbed[2] | {"waves": None}
+
+
+def test_weights_that_took_over_within_a_completion_sampled_it_too(tmp_path):
+    """A wave counts only where all weights that sampled a token of it may have."""
+    with process(tmp_path) as first:
+        first.rollouts.switch = (1, V0)
+        collect(first)
+        either, (wave, _) = [V0, V1], waves_of()
+        assert not first.waves.are_committed([wave])
+        assert first.waves.are_committed([replace(wave, policies=either)])
+        assert first.waves.collect(replace(wave, policies=None)).sampled_by == {V0.digest, V1.digest}

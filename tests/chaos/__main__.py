@@ -25,19 +25,23 @@ def main() -> int:
     every = [Cell(point=point, role=role) for role, point in product(ROLES, POINTS)]
     parser.add_argument("--cells", nargs="+", help='such as "learner while optimizer step"; all if not given')
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--mode", default="sync", choices=("sync", "async"), help="pipeline.mode of the runs")
     parser.add_argument("--engine", default="vllm", choices=("vllm", "transformers"))
     parser.add_argument("--jobs", type=int, default=2, help="cells at once; two keep two cores busy")
     parser.add_argument("--keep", type=Path, help="folder for the runs; a temporary one if not given")
     options = parser.parse_args()
     cells = [cell for cell in every if not options.cells or str(cell) in options.cells]
     with tempfile.TemporaryDirectory() as temporary:
-        return play_all(cells, options.repetitions, options.engine, options.keep or Path(temporary), options.jobs)
+        folder = options.keep or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        expected = reference_run(folder, options.engine) if options.mode == "sync" else None
+        return play_all(cells, options.repetitions, options.engine, folder, options.jobs, expected)
 
 
-def play_all(cells: list[Cell], repetitions: int, engine: str, folder: Path, jobs: int) -> int:
+def play_all(
+    cells: list[Cell], repetitions: int, engine: str, folder: Path, jobs: int, expected: dict[str, bytes] | None
+) -> int:
     """Prints a line a cell and the sums; returns the exit code."""
-    folder.mkdir(parents=True, exist_ok=True)
-    expected = reference_run(folder, engine)
 
     def repeat(numbered: tuple[int, Cell]) -> list[Outcome]:
         number, cell = numbered

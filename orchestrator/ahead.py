@@ -1,0 +1,187 @@
+"""Collecting ahead: while the learner is trained on one iteration's pairs, the next ones are sampled and judged.
+
+    learner      | train 1 | publish v1 | evaluate 1 | train 2 | publish v2 | ...
+    generators   collect 1 | collect 2 ............. | collect 3 ......
+                                ^ v1 takes over between two tokens
+
+Iteration n is collected once iteration n - 1 - `max_staleness` is finished, so that weights which sample a pair are at
+most so many updates behind the learner's. With 0 that is when it is asked for: nothing runs ahead.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from threading import Condition, Event, Thread
+from typing import TYPE_CHECKING
+
+from orchestrator.errors import DataError, WeightsLostError
+from orchestrator.waits import Unwanted, check_wanted, work_until
+from orchestrator.waves import Harvest, Wave
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from orchestrator.context import Context, Stage
+    from orchestrator.types import PolicyVersion
+
+_TICK_S = 0.5
+_JOIN_S = 8.0
+"""How long the end of a run waits for a wave that nobody wants any more."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Collected:
+    """An iteration's pairs, and what it took to make them."""
+
+    harvest: Harvest
+    stage: Stage
+    cursor: int
+    """Of the stream of prompts, behind those that it took."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Plan:
+    """What an iteration asks."""
+
+    waves: Sequence[Wave]
+    cursor: int
+    """Of the stream of prompts, behind those that it takes."""
+    outcome: Future[Collected] | None
+    """Of its collection ahead; None where it was not begun."""
+
+
+class Ahead:
+    """The pairs of each iteration, in order.
+
+    Args:
+        context: of the run.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._bound = context.max_staleness
+        self._changed = Condition()
+        self._finished = 0
+        """The last iteration that is."""
+        self._plans: dict[int, _Plan] = {}
+        self._thread: Thread | None = None
+        self._unwanted = Event()
+
+    def go_on(self, number: int) -> None:
+        """Iteration `number` is the next one, those before it are finished. Collects ahead where that is possible."""
+        with self._changed:
+            self._finished = number - 1
+            self._changed.notify_all()
+        if not self._bound or self._lives or not self._context.publisher.is_published:
+            return
+        first = max(self._plans, default=number - 1) + 1
+        self._thread = Thread(target=self._run, args=(first,), name="collect ahead", daemon=True)
+        self._thread.start()
+
+    def take(self, number: int, versions: Sequence[PolicyVersion], reference: PolicyVersion) -> Collected:
+        """The pairs of an iteration.
+
+        Args:
+            number: of the iteration.
+            versions: all promoted policies so far.
+            reference: what its pairs are trained against.
+
+        Raises:
+            AgonError: an actor or judge failed.
+        """
+        current = versions[-1]
+        policies = [one for one in dict.fromkeys(versions) if one.number >= current.number - self._bound]
+        plan = self._await_plan(number) or self._plan(number)
+        waves = [replace(wave, policies=policies, reference=reference) for wave in plan.waves]
+        found = self._early(number, plan)
+        if found is None or not all(wave.takes(found.harvest.sampled_by) for wave in waves):
+            self._restore(number, waves, current)
+            found = self._collect(waves, plan.cursor)
+        pairs = [replace(pair, reference=reference) for pair in found.harvest.pairs]
+        return replace(found, harvest=replace(found.harvest, pairs=pairs))
+
+    def close(self) -> None:
+        """Nobody wants what is collected any more."""
+        self._unwanted.set()
+        if self._thread is not None:
+            self._thread.join(_JOIN_S)
+
+    @property
+    def _lives(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _await_plan(self, number: int) -> _Plan | None:
+        """That of an iteration which is collected ahead; None where nobody does."""
+        with self._changed:
+            while number not in self._plans and self._lives:
+                self._changed.wait(_TICK_S)
+            return self._plans.pop(number, None)
+
+    def _early(self, number: int, plan: _Plan) -> Collected | None:
+        """What was collected ahead; None where nothing was, or could not be."""
+        if plan.outcome is None:
+            return None
+        self._context.tracker.stage(number, "collect")
+        while not plan.outcome.done():
+            wait([plan.outcome], timeout=_TICK_S)
+        try:
+            return plan.outcome.result()
+        except WeightsLostError:
+            return None
+
+    def _restore(self, number: int, waves: Sequence[Wave], current: PolicyVersion) -> None:
+        """Where the learner has gone on from pairs that are to be made again, it and the generators go back."""
+        context = self._context
+        if not context.waves.are_committed(waves) and context.learning.undo(number):
+            context.publisher.publish(current.number, number)
+
+    def _plan(self, number: int, outcome: Future[Collected] | None = None) -> _Plan:
+        context, config = self._context, self._context.config.pipeline
+        # Prompts that were set aside later are not left out: a run that is resumed has to take the same ones.
+        context.prompts.skip = frozenset(context.accounts.quarantined(before=number - self._bound))
+        prompts = context.prompts.take(config.prompts_per_iteration)
+        waves = [
+            Wave(
+                iteration=number,
+                number=index,
+                prompts=prompts[start : start + config.wave_prompts],
+                policies=None,
+                reference=None,
+            )
+            for index, start in enumerate(range(0, len(prompts), config.wave_prompts))
+        ]
+        return _Plan(waves=waves, cursor=context.prompts.cursor, outcome=outcome)
+
+    def _collect(self, waves: Sequence[Wave], cursor: int, *, quietly: bool = False) -> Collected:
+        harvest = Harvest()
+        with self._context.stage("collect", waves[0].iteration, quietly=quietly) as stage:
+            for wave in waves:
+                with self._context.floor.taken():
+                    harvest += self._context.waves.collect(wave)
+            stage.tokens = harvest.tokens
+        return Collected(harvest=harvest, stage=stage, cursor=cursor)
+
+    def _run(self, first: int) -> None:
+        """Collects one iteration after the other, as far ahead as it may."""
+        work_until(self._unwanted)
+        with suppress(Unwanted, DataError):  # too few prompts: said again where they are asked for
+            for number in range(first, self._context.config.pipeline.iterations + 1):
+                self._await_finished(number - 1 - self._bound)
+                outcome: Future[Collected] = Future()
+                plan = self._plan(number, outcome)
+                with self._changed:
+                    self._plans[number] = plan
+                    self._changed.notify_all()
+                try:
+                    outcome.set_result(self._collect(plan.waves, plan.cursor, quietly=True))
+                except BaseException as error:  # noqa: BLE001 - raised where the pairs are asked for
+                    outcome.set_exception(error)
+                    return
+
+    def _await_finished(self, number: int) -> None:
+        with self._changed:
+            while self._finished < number:
+                self._changed.wait(_TICK_S)
+                check_wanted()
