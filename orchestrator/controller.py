@@ -14,7 +14,8 @@
     controller   proof of new weights    every generator's answer         cluster.publish_deadline_s
 
 `pipeline.mode=sync` is strictly on-policy: one thing happens at a time, so the same seed gives the same pairs and the
-same weights on one machine. `iteration.py` holds the stages.
+same weights on one machine. With `async` the next groups are made while the learner is trained (`ahead.py`).
+`iteration.py` holds the stages.
 """
 
 from __future__ import annotations
