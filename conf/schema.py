@@ -408,9 +408,10 @@ class PipelineConfig:
 
     mode: str = knob(
         "sync",
-        "sync: one thing at a time, strictly on-policy, deterministic; async: the next pairs are collected while the "
-        "learner is trained",
-        choices=("sync", "async"),
+        "sync: one thing at a time, strictly on-policy, deterministic; semi_online: the same, but the learner is "
+        "trained on the pairs of a wave while the next one is collected; async: while it is trained on an iteration's "
+        "pairs, the next ones are collected",
+        choices=("sync", "semi_online", "async"),
     )
     max_staleness: int = knob(
         1, "async: updates that the weights which sample a pair may be behind the learner's; 0: as sync", low=0

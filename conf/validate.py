@@ -242,30 +242,46 @@ def _objective(config: Config) -> Iterator[Problem]:
 
 
 def _ahead(config: Config) -> Iterator[Problem]:
-    """What goes with pairs that older weights have sampled."""
-    loss, pipeline = config.loss, config.pipeline
-    objective = OBJECTIVES.get(loss.name)
-    if pipeline.mode != "async" or not pipeline.max_staleness or objective is None:
+    """What goes with a learner that is trained while pairs are collected."""
+    loss, learner, pipeline = config.loss, config.learner, config.pipeline
+    mode, objective = f"pipeline.mode={pipeline.mode}", OBJECTIVES.get(loss.name)
+    if "implicit" in judge_kinds(config) and (pipeline.mode == "semi_online" or _grows_old(config)):
+        message = f"{mode}: scorer.kind={config.scorer.kind} asks the learner, which is being trained then: set sync"
+        yield Problem("pipeline.mode", message)
+    if pipeline.mode == "semi_online":
+        wave, prompts = pipeline.wave_prompts, pipeline.prompts_per_iteration
+        if wave >= prompts:
+            message = (
+                f"pipeline.wave_prompts={wave}: with {mode} the learner begins when a wave is there: set it below"
+                f" pipeline.prompts_per_iteration={prompts}"
+            )
+            yield Problem("pipeline.wave_prompts", message)
+        if learner.schedule != "constant":
+            message = f"learner.schedule={learner.schedule}: with {mode} nobody knows how many steps there will be"
+            yield Problem("learner.schedule", f"{message}: set constant")
+        if loss.labels == "denoised":
+            message = f"loss.labels=denoised: warms up within an iteration, whose length is not known with {mode}"
+            yield Problem("loss.labels", f"{message}: set pipeline.mode=sync")
+    if not _grows_old(config) or objective is None:
         return
     if objective.on_policy:
         message = (
-            f"pipeline.mode=async: loss.name={loss.name} clips ratios to the policy that sampled, which is not the"
-            " reference then: set pipeline.mode=sync"
-        )
-        yield Problem("pipeline.mode", message)
-    if "implicit" in judge_kinds(config):
-        message = (
-            f"pipeline.mode=async: scorer.kind={config.scorer.kind} asks the learner, which is being trained then: set"
-            " pipeline.mode=sync"
+            f"{mode}: loss.name={loss.name} clips ratios to the policy that sampled, which is not the reference then:"
+            " set sync"
         )
         yield Problem("pipeline.mode", message)
     if loss.importance_clip > 1 and (objective.unit == "group" or objective.by_rank or loss.include_prompt):
         what = "include_prompt=true" if loss.include_prompt else f"name={loss.name}"
         message = (
-            f"loss.importance_clip={loss.importance_clip:g}: pipeline.mode=async weighs single pairs by it, which does"
-            f" not go with loss.{what}: set it to 1 to train on older pairs as if they were new, or pipeline.mode=sync"
+            f"loss.importance_clip={loss.importance_clip:g}: {mode} weighs single pairs by it, which does not go with"
+            f" loss.{what}: set it to 1 to train on older pairs as if they were new, or pipeline.mode=sync"
         )
         yield Problem("loss.importance_clip", message)
+
+
+def _grows_old(config: Config) -> bool:
+    """Whether other weights than the learner's may have sampled a pair."""
+    return config.pipeline.mode == "async" and config.pipeline.max_staleness > 0
 
 
 def _searching(config: Config) -> Iterator[Problem]:

@@ -14,7 +14,7 @@ from orchestrator.files import dump_json
 from orchestrator.ledger import FILE_NAME, LedgerReader, RunStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from orchestrator.ledger import PhaseRecord
@@ -49,7 +49,7 @@ def read_status(run: Path) -> dict[str, Any]:
     except DataError as error:
         known, phases = _without_ledger(run, error, held_by), []
     state, note = _state(known.get("status"), held_by)
-    phase = _phase(phases[-1]) if phases and state == RunStatus.RUNNING else None
+    phase = _phase(_foremost(phases)) if phases and state == RunStatus.RUNNING else None
     events = read_events(run)
     beside = {
         "phase": phase,
@@ -97,6 +97,12 @@ def _state(status: str | None, held_by: runlock.Holder | None) -> tuple[str, str
     return (
         ("unknown", f"{where} cannot be looked at from here") if held_by.alive is None else (RunStatus.RUNNING, where)
     )
+
+
+def _foremost(phases: Sequence[PhaseRecord]) -> PhaseRecord:
+    """The one that the run stands at: where pairs are collected ahead, of the earlier iteration."""
+    underway = [phase for phase in phases if phase.seconds is None]
+    return min(underway, key=lambda phase: phase.iteration) if underway else phases[-1]
 
 
 def _phase(phase: PhaseRecord) -> dict[str, Any]:

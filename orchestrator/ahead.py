@@ -4,27 +4,32 @@
     generators   collect 1 | collect 2 ............. | collect 3 ......
                                 ^ v1 takes over between two tokens
 
+`semi_online` is between that and taking turns: no iteration is collected ahead of the one before it, but the learner is
+trained on the pairs of a wave while the next wave is collected. Its weights go out when the iteration ends.
+
 Iteration n is collected once iteration n - 1 - `max_staleness` is finished, so that weights which sample a pair are at
 most so many updates behind the learner's. With 0 that is when it is asked for: nothing runs ahead.
 """
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from threading import Condition, Event, Thread
 from typing import TYPE_CHECKING
 
-from orchestrator.errors import DataError, WeightsLostError
+from orchestrator.context import Stage
+from orchestrator.errors import DataError, LostObjectError, PoolError, WeightsLostError
 from orchestrator.waits import Unwanted, check_wanted, work_until
 from orchestrator.waves import Harvest, Wave
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    from orchestrator.context import Context, Stage
-    from orchestrator.types import PolicyVersion
+    from orchestrator.context import Context
+    from orchestrator.types import PolicyVersion, PreferencePair
 
 _TICK_S = 0.5
 _JOIN_S = 8.0
@@ -37,8 +42,44 @@ class Collected:
 
     harvest: Harvest
     stage: Stage
-    cursor: int
-    """Of the stream of prompts, behind those that it took."""
+
+
+class Gathering:
+    """An iteration's pairs as they come, and what they came to in the end.
+
+    Args:
+        cursor: of the stream of prompts, behind those that the iteration took.
+        parts: what its waves came to, in order.
+        reference: what the pairs are trained against.
+    """
+
+    def __init__(self, cursor: int, parts: Iterator[Collected], reference: PolicyVersion) -> None:
+        self.cursor = cursor
+        self._parts = parts
+        self._reference = reference
+        self.harvest = Harvest()
+        """Of what has come."""
+        self.stage = Stage(name="collect")
+        """Of all of it, once it has come."""
+        self.waited_s = 0.0
+        """How long the pairs were waited for."""
+
+    def __iter__(self) -> Iterator[list[PreferencePair]]:
+        """Pairs that have not come before. Raises AgonError: an actor or judge failed."""
+        while True:
+            start = time.monotonic()
+            part = next(self._parts, None)
+            self.waited_s += time.monotonic() - start
+            if part is None:
+                return
+            self.harvest += part.harvest
+            self.stage = part.stage
+            yield [replace(pair, reference=self._reference) for pair in part.harvest.pairs]
+
+    def metrics(self) -> dict[str, float]:
+        """Of rollouts, judge and pairs, and of the time it took, once all have come."""
+        waited = {"time/collect_wait_s": self.waited_s, "pairs/evicted": float(self.harvest.evicted)}
+        return {**self.harvest.tally, **self.stage.metrics(), **waited}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -62,6 +103,7 @@ class Ahead:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._bound = context.max_staleness
+        self._streams = context.config.pipeline.mode == "semi_online"
         self._changed = Condition()
         self._finished = 0
         """The last iteration that is."""
@@ -80,7 +122,7 @@ class Ahead:
         self._thread = Thread(target=self._run, args=(first,), name="collect ahead", daemon=True)
         self._thread.start()
 
-    def take(self, number: int, versions: Sequence[PolicyVersion], reference: PolicyVersion) -> Collected:
+    def take(self, number: int, versions: Sequence[PolicyVersion], reference: PolicyVersion) -> Gathering:
         """The pairs of an iteration.
 
         Args:
@@ -95,12 +137,16 @@ class Ahead:
         policies = [one for one in dict.fromkeys(versions) if one.number >= current.number - self._bound]
         plan = self._await_plan(number) or self._plan(number)
         waves = [replace(wave, policies=policies, reference=reference) for wave in plan.waves]
-        found = self._early(number, plan)
+        if self._streams:
+            self._restore(number, waves, current)
+            return Gathering(plan.cursor, self._stream(waves), reference)
+        start, found = time.monotonic(), self._early(number, plan)
         if found is None or not all(wave.takes(found.harvest.sampled_by) for wave in waves):
             self._restore(number, waves, current)
-            found = self._collect(waves, plan.cursor)
-        pairs = [replace(pair, reference=reference) for pair in found.harvest.pairs]
-        return replace(found, harvest=replace(found.harvest, pairs=pairs))
+            found = self._collect(waves)
+        gathering = Gathering(plan.cursor, iter([found]), reference)
+        gathering.waited_s = time.monotonic() - start
+        return gathering
 
     def close(self) -> None:
         """Nobody wants what is collected any more."""
@@ -124,10 +170,8 @@ class Ahead:
         if plan.outcome is None:
             return None
         self._context.tracker.stage(number, "collect")
-        while not plan.outcome.done():
-            wait([plan.outcome], timeout=_TICK_S)
         try:
-            return plan.outcome.result()
+            return _result(plan.outcome)
         except WeightsLostError:
             return None
 
@@ -154,14 +198,43 @@ class Ahead:
         ]
         return _Plan(waves=waves, cursor=context.prompts.cursor, outcome=outcome)
 
-    def _collect(self, waves: Sequence[Wave], cursor: int, *, quietly: bool = False) -> Collected:
+    def _collect(self, waves: Sequence[Wave], *, quietly: bool = False) -> Collected:
         harvest = Harvest()
         with self._context.stage("collect", waves[0].iteration, quietly=quietly) as stage:
             for wave in waves:
-                with self._context.floor.taken():
-                    harvest += self._context.waves.collect(wave)
+                harvest += self._collect_one(wave)
             stage.tokens = harvest.tokens
-        return Collected(harvest=harvest, stage=stage, cursor=cursor)
+        return Collected(harvest=harvest, stage=stage)
+
+    def _collect_one(self, wave: Wave) -> Harvest:
+        with self._context.floor.taken():
+            return self._context.waves.collect(wave)
+
+    def _stream(self, waves: Sequence[Wave]) -> Iterator[Collected]:
+        """Wave by wave: the next ones are collected while whoever iterates does something else."""
+        outcomes: list[Future[Collected]] = [Future() for _ in waves]
+        self._thread = Thread(target=self._run_stream, args=(waves, outcomes), name="collect", daemon=True)
+        self._thread.start()
+        for outcome in outcomes:
+            yield _result(outcome)
+
+    def _run_stream(self, waves: Sequence[Wave], outcomes: Sequence[Future[Collected]]) -> None:
+        work_until(self._unwanted)
+        try:
+            with self._context.stage("collect", waves[0].iteration, quietly=True) as stage:
+                for wave, outcome in zip(waves[:-1], outcomes, strict=False):
+                    harvest = self._collect_one(wave)
+                    stage.tokens += harvest.tokens
+                    outcome.set_result(Collected(harvest=harvest, stage=stage))
+                harvest = self._collect_one(waves[-1])
+                stage.tokens += harvest.tokens
+            outcomes[-1].set_result(Collected(harvest=harvest, stage=stage))
+        except BaseException as error:  # noqa: BLE001 - raised where the pairs are asked for
+            if isinstance(error, LostObjectError):  # nobody is to take it for a death of the learner
+                error = PoolError(
+                    f"the generators cannot go on: {error}. Resume the run, which does the iteration again."
+                )
+            next(outcome for outcome in outcomes if not outcome.done()).set_exception(error)
 
     def _run(self, first: int) -> None:
         """Collects one iteration after the other, as far ahead as it may."""
@@ -175,7 +248,7 @@ class Ahead:
                     self._plans[number] = plan
                     self._changed.notify_all()
                 try:
-                    outcome.set_result(self._collect(plan.waves, plan.cursor, quietly=True))
+                    outcome.set_result(self._collect(plan.waves, quietly=True))
                 except BaseException as error:  # noqa: BLE001 - raised where the pairs are asked for
                     outcome.set_exception(error)
                     return
@@ -185,3 +258,9 @@ class Ahead:
             while self._finished < number:
                 self._changed.wait(_TICK_S)
                 check_wanted()
+
+
+def _result(outcome: Future[Collected]) -> Collected:
+    while not outcome.done():
+        wait([outcome], timeout=_TICK_S)
+    return outcome.result()

@@ -14,7 +14,7 @@ What counts is never done again: a run that is resumed goes on within the stage 
 from __future__ import annotations
 
 import math
-import time
+from collections import deque
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
     from conf.schema import Config
     from orchestrator.accounts import CheckpointRecord
-    from orchestrator.ahead import Ahead
+    from orchestrator.ahead import Ahead, Gathering
     from orchestrator.context import Context, Stage
     from orchestrator.evaluation import Evaluation
-    from orchestrator.types import PolicyVersion, PreferencePair
+    from orchestrator.types import PolicyVersion
 
 
 class Iteration:
@@ -62,8 +62,8 @@ class Iteration:
     def run(self) -> PolicyVersion:
         """Runs all stages, from where an earlier process broke off; returns the next data policy."""
         context = self._context
-        pairs = self._collect()
-        moved = self._train(pairs)
+        gathering = self._collect()
+        moved = self._train(gathering)
         version = self._policy
         with ExitStack() as until_promoted:
             if context.config.promotion.gate == "reject":
@@ -84,36 +84,35 @@ class Iteration:
             yield stage
         self._metrics |= stage.metrics()
 
-    def _collect(self) -> Sequence[PreferencePair]:
-        config, start = self._context.config.reference, time.monotonic()
+    def _collect(self) -> Gathering:
+        config = self._context.config.reference
         reference = reference_version(config.kind, config.ema_decay, self._versions)
-        collected = self._ahead.take(self._number, self._versions, reference)
-        waited, harvest = time.monotonic() - start, collected.harvest
-        self._cursor = collected.cursor
-        self._metrics |= {
-            **harvest.tally,
-            **collected.stage.metrics(),
-            "time/collect_wait_s": waited,
-            "pairs/evicted": harvest.evicted,
-        }
-        self._context.tracker.pairs(harvest.pairs)
-        return harvest.pairs
+        gathering = self._ahead.take(self._number, self._versions, reference)
+        self._cursor = gathering.cursor
+        return gathering
 
-    def _train(self, pairs: Sequence[PreferencePair]) -> bool:
+    def _train(self, gathering: Gathering) -> bool:
         """Whether new weights came of it."""
-        context = self._context
+        context, pairs = self._context, iter(gathering)
         with self._stage("train") as stage:
-            if not pairs:
-                context.tracker.message(f"iteration {self._number}: no pair survived; nothing to train on")
-                return False
             try:
                 results = context.training.run(self._number, pairs)
             except TrainingError as error:
+                deque(pairs, maxlen=0)  # what is being collected is kept as well
+                self._note(gathering)
                 self._roll_back(str(error))
+                return False
+            self._note(gathering)
+            if not results:
+                context.tracker.message(f"iteration {self._number}: no pair survived; nothing to train on")
                 return False
             stage.tokens = sum(result.tokens for result in results)
             self._metrics |= metrics.update_metrics(results)
             return True
+
+    def _note(self, gathering: Gathering) -> None:
+        self._metrics |= gathering.metrics()
+        self._context.tracker.pairs(gathering.harvest.pairs)
 
     def _publish(self) -> PolicyVersion:
         """The learner's weights, as the next version."""

@@ -1,6 +1,7 @@
 """The train stage: an iteration's pairs to optimizer steps, each batch exactly once.
 
     plan batches -> [ feed the queue, train, save ] a segment of `learner.checkpoint_steps` batches -> acknowledge it
+      ^ pairs, all at once or (`pipeline.mode=semi_online`) wave by wave
 
 A segment is the unit that is acknowledged or done again: its checkpoint and its batches count from one transaction on.
 A checkpoint is written while the next segment is trained on.
@@ -17,14 +18,14 @@ import ray
 from conf.objectives import OBJECTIVES
 from orchestrator import batching
 from orchestrator.accounts import CheckpointRecord
+from orchestrator.batch_plan import BatchPlan
 from orchestrator.errors import DeadlineError, FailureKind, TrainingError
 from orchestrator.events import Event, EventKind
 from orchestrator.learning import FOLDER
 from orchestrator.remote import fetch_with_progress
-from orchestrator.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from conf.schema import Config
@@ -76,53 +77,50 @@ class Training:
         asked = config.reference.logprobs
         self._sampled_reference = asked == "sampled" or (asked == "auto" and config.model.dtype == "float32")
 
-    def run(self, iteration: int, pairs: Sequence[PreferencePair]) -> list[UpdateResult]:
+    def run(self, iteration: int, pairs: Iterator[Sequence[PreferencePair]]) -> list[UpdateResult]:
         """Trains on the pairs of an iteration, and returns once all of it is on disk.
 
+        Args:
+            iteration: its number.
+            pairs: in parts; they are asked for one by one as the learner gets there, where it need not know before how
+                many steps there will be (`pipeline.mode=semi_online`).
+
         Returns:
-            What each batch did, those of an earlier process included.
+            What each batch did, those of an earlier process included; nothing where there is no pair.
 
         Raises:
             TrainingError: too many batches had to be skipped; the weights are of no use.
             DeadlineError: a step or a save took too long.
             PoolError: learner or queue died more often than `learner.restarts` allows.
         """
-        batches = self._plan(iteration, pairs)
+        plan = BatchPlan(self._config, iteration, pairs, self._note_plan)
+        if self._config.pipeline.mode != "semi_online":
+            plan.complete()
         self._log(iteration, self._accounts.results(iteration))
-        self._learning.has_moved = True
-        self._learning.surviving(lambda: self._train(iteration, batches))
+        if plan.batches or plan.more():
+            self._learning.has_moved = True
+            self._learning.surviving(lambda: self._train(iteration, plan))
         return self._accounts.results(iteration)
 
-    def _plan(self, iteration: int, pairs: Sequence[PreferencePair]) -> list[list[PreferencePair]]:
-        config = self._config
-        batches = [
-            part
-            for epoch in range(config.learner.epochs)
-            for part in batching.batches(
-                pairs,
-                batch_pairs=config.learner.batch_pairs,
-                seed=derive_seed(config.seed, "shuffle", iteration),
-                epoch=epoch,
-                whole_groups=OBJECTIVES[config.loss.name].unit == "group",
-            )
-        ]
+    def _note_plan(self, iteration: int, batches: Sequence[Sequence[PreferencePair]]) -> None:
         with self._ledger.transaction():
             self._accounts.plan_batches(iteration, batches)
-        return batches
 
-    def _train(self, iteration: int, batches: list[list[PreferencePair]]) -> None:
+    def _train(self, iteration: int, plan: BatchPlan) -> None:
         """From what is acknowledged to the last batch; any death on the way is the caller's to mend."""
-        done = self._learning.ask("begin_iteration", iteration, len(batches), what="begin the iteration")
-        every = self._config.learner.checkpoint_steps
+        batches, every = plan.batches, self._config.learner.checkpoint_steps
+        total = len(batches) if plan.is_complete else 0
+        done = self._learning.ask("begin_iteration", iteration, total, what="begin the iteration")
         written: tuple[CheckpointRecord, list[UpdateResult]] | None = None
         start = len(self._accounts.results(iteration))
-        while start < len(batches):
+        while start < len(batches) or plan.more():
             # A learner that outlived its queue may be ahead, and what is saved is where it is.
             end = max(done, min(len(batches), start - start % every + every))
             results = self._segment(iteration, batches, start, end)
             if written:
                 self._acknowledge(*written)
-            written = (self._save(iteration, end, len(batches), results), results)
+            is_last = plan.is_complete and end == len(batches)
+            written = (self._save(iteration, end, results, is_last=is_last), results)
             start = end
         if written:
             self._acknowledge(*written)
@@ -170,9 +168,9 @@ class Training:
                         " if a step is really that long, or lower learner.batch_pairs"
                     )
 
-    def _save(self, iteration: int, batches: int, total: int, results: list[UpdateResult]) -> CheckpointRecord:
+    def _save(self, iteration: int, batches: int, results: list[UpdateResult], *, is_last: bool) -> CheckpointRecord:
         """Has the learner copy its state, to be written while it goes on; it counts once it is acknowledged."""
-        name = f"iteration-{iteration:04d}" + (f"-batch-{batches:06d}" if batches < total else "")
+        name = f"iteration-{iteration:04d}" + ("" if is_last else f"-batch-{batches:06d}")
         self._learning.ask("save", str(self._run_dir / FOLDER / name), what=f"copy {name}")
         return CheckpointRecord(
             path=f"{FOLDER}/{name}", iteration=iteration, batches=batches, step=results[-1].step, digest=""

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from conf.compose import compose
 from orchestrator.ahead import Ahead
 from orchestrator.context import Context, Stage
-from orchestrator.errors import DataError, JudgeError, WeightsLostError
+from orchestrator.errors import DataError, JudgeError, PoolError, WeightsLostError
 from orchestrator.floor import Floor
 from orchestrator.prompts import PromptStream
 from orchestrator.remote import fetch
@@ -48,7 +48,7 @@ class Run:
         self.publisher = SimpleNamespace(is_published=True, version=version(0), publish=self._publish)
         self.learning = SimpleNamespace(undo=lambda number: self.undone.append(number) or True)
         self.waves = SimpleNamespace(collect=self.sample, are_committed=lambda waves: True)
-        self.undone, self.published, self.sampled = [], [], []
+        self.undone, self.published, self.sampled, self.pairs = [], [], [], []
         self.finished = 0
         self.break_off = {}
 
@@ -65,7 +65,7 @@ class Run:
     def stage(self, name, iteration, *, quietly):
         self.sampled.append((iteration, self.finished, threading.current_thread() is threading.main_thread()))
         assert quietly != self.sampled[-1][2]
-        return closing(SimpleNamespace(close=lambda: None, tokens=0))
+        return nullcontext(Stage(name=name))
 
     def sample(self, wave):
         if error := self.break_off.pop((wave.iteration, wave.number), None):
@@ -85,6 +85,7 @@ class Run:
         for number in numbers:
             ahead.go_on(number)
             found.append(ahead.take(number, tuple(versions), version(99)))
+            self.pairs.append([list(part) for part in found[-1]])
             time.sleep(0.01)
             self.publisher.version = version(number)
             versions.append(version(number))
@@ -108,10 +109,11 @@ def test_an_iteration_is_collected_as_soon_as_the_bound_allows_and_no_sooner(bou
     assert all(finished >= number - 1 - bound for number, finished, _ in run.sampled)
     assert any(finished < number - 1 for number, finished, _ in run.sampled) == (bound > 0)
     assert {by_main for _, _, by_main in run.sampled} == {bound == 0}
-    ids = [one.id for each in found for one in each.harvest.pairs]
+    ids = [pair.id for parts in run.pairs for part in parts for pair in part]
     assert len(ids) == len(set(ids)) == 24
     assert [each.cursor for each in found] == [4, 8, 12, 16, 20, 24]
-    assert {one.reference for each in found for one in each.harvest.pairs} == {version(99)}
+    assert {pair.reference for parts in run.pairs for part in parts for pair in part} == {version(99)}
+    assert all(len(parts) == 1 for parts in run.pairs)
     assert run.asked_before == [number - bound for number in range(1, 7)]
     assert run.published == []
 
@@ -121,6 +123,52 @@ def test_sync_never_runs_ahead():
     with closing(Ahead(run)) as ahead:
         run.go(ahead, range(1, 7), [version(0)])
     assert run.sampled == [(number, number - 1, True) for number in range(1, 7)]
+
+
+def test_semi_online_gives_a_wave_while_the_next_one_is_collected():
+    """And collects no iteration before its turn."""
+    run = Run(mode="semi_online", iterations=3)
+    collect, begun, taken = run.waves.collect, [], threading.Event()
+
+    def collect_one(wave):
+        begun.append((wave.iteration, wave.number, run.finished))
+        assert {policy.number for policy in wave.policies} == {wave.iteration - 1}
+        if wave.number == 1:
+            assert taken.wait(DEADLINE_S), "the first wave has come by now"
+        return collect(wave)
+
+    run.waves.collect = collect_one
+    versions = [version(0)]
+    with closing(Ahead(run)) as ahead:
+        for number in (1, 2, 3):
+            ahead.go_on(number)
+            gathering = ahead.take(number, tuple(versions), version(99))
+            parts = iter(gathering)
+            assert [pair.iteration for pair in next(parts)] == [1, 1]
+            taken.set()
+            assert len(list(parts)) == 1
+            taken.clear()
+            assert (len(gathering.harvest.pairs), gathering.cursor) == (4, 4 * number)
+            assert gathering.metrics()["time/collect_wait_s"] > 0
+            run.publisher.version = version(number)
+            versions.append(version(number))
+            run.finished = number
+    assert begun == [(number, wave, number - 1) for number in (1, 2, 3) for wave in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"), [(JudgeError("no verdict"), JudgeError), (WeightsLostError("gone"), PoolError)]
+)
+def test_an_error_of_a_wave_is_raised_where_its_pairs_are_asked_for(error, raised):
+    """None of them is taken for the death of a learner."""
+    run = Run(mode="semi_online")
+    run.break_off[1, 1] = error
+    with closing(Ahead(run)) as ahead:
+        ahead.go_on(1)
+        parts = iter(ahead.take(1, (version(0),), version(0)))
+        assert len(next(parts)) == 2
+        with pytest.raises(raised, match=str(error)):
+            next(parts)
 
 
 def test_nothing_is_sampled_before_there_are_weights():
@@ -146,6 +194,7 @@ def test_what_weights_sampled_that_are_not_promoted_is_made_anew():
         wait_until(lambda: len(run.sampled) == 2)  # the first is done
         run.publisher.version = version(0)
         found = ahead.take(1, (version(0),), version(0))
+        list(found)
     assert found.harvest.sampled_by == {version(0).digest}
     assert run.undone == [1]
     assert run.published == [0], "the learner may have gone on from the pairs"

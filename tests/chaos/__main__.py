@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 
-from tests.chaos.cells import Cell, Outcome, play, reference_run
+from tests.chaos.cells import MODES, Cell, Outcome, play, reference_run
 from tests.chaos.saboteur import POINTS, ROLES
 
 
@@ -25,7 +25,7 @@ def main() -> int:
     every = [Cell(point=point, role=role) for role, point in product(ROLES, POINTS)]
     parser.add_argument("--cells", nargs="+", help='such as "learner while optimizer step"; all if not given')
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--mode", default="sync", choices=("sync", "async"), help="pipeline.mode of the runs")
+    parser.add_argument("--mode", default="sync", choices=tuple(MODES), help="pipeline.mode of the runs")
     parser.add_argument("--engine", default="vllm", choices=("vllm", "transformers"))
     parser.add_argument("--jobs", type=int, default=2, help="cells at once; two keep two cores busy")
     parser.add_argument("--keep", type=Path, help="folder for the runs; a temporary one if not given")
@@ -34,24 +34,23 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        expected = reference_run(folder, options.engine) if options.mode == "sync" else None
-        return play_all(cells, options.repetitions, options.engine, folder, options.jobs, expected)
+        return play_all(cells, options, folder)
 
 
-def play_all(
-    cells: list[Cell], repetitions: int, engine: str, folder: Path, jobs: int, expected: dict[str, bytes] | None
-) -> int:
+def play_all(cells: list[Cell], options: argparse.Namespace, folder: Path) -> int:
     """Prints a line a cell and the sums; returns the exit code."""
+    chosen = {"folder": folder, "engine": options.engine, "mode": options.mode}
+    chosen["expected"] = reference_run(**chosen)
 
     def repeat(numbered: tuple[int, Cell]) -> list[Outcome]:
         number, cell = numbered
         return [
-            play(cell, folder=folder, name=f"{number:02d}-{visit}", visit=visit, engine=engine, expected=expected)
-            for visit in range(1, repetitions + 1)
+            play(cell, name=f"{number:02d}-{visit}", visit=visit, **chosen)
+            for visit in range(1, options.repetitions + 1)
         ]
 
     every: list[Outcome] = []
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(options.jobs) as pool:
         for cell, outcomes in zip(cells, pool.map(repeat, enumerate(cells)), strict=True):
             every += outcomes
             seconds = [outcome.recovery_s for outcome in outcomes if not math.isnan(outcome.recovery_s)]

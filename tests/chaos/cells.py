@@ -35,8 +35,12 @@ SETTINGS = {
     "pipeline__iterations": 3,
     "tracking": "disabled",
 }
-ASYNC = {"pipeline__mode": "async", "pipeline__iterations": 4}
-"""Beside them, where the next pairs are collected while the learner is trained."""
+MODES: dict[str, dict[str, Any]] = {
+    "sync": {},
+    "semi_online": {"pipeline__mode": "semi_online", "learner__schedule": "constant"},
+    "async": {"pipeline__mode": "async", "pipeline__iterations": 4},
+}
+"""What each choice of `pipeline.mode` has beside them."""
 VICTIM = "from tests.chaos.victim import main; main()"
 
 
@@ -73,10 +77,12 @@ class Outcome:
     """
 
 
-def reference_run(folder: Path, engine: str) -> dict[str, bytes]:
-    """Pairs and weights of a run that nothing disturbs."""
-    run_dir = folder / "reference"
-    _run(["run", *overrides(folder, run_dir, engine=engine, **SETTINGS)], {})
+def reference_run(folder: Path, engine: str, mode: str) -> dict[str, bytes] | None:
+    """Pairs and weights of a run that nothing disturbs; None where time decides which weights sample what."""
+    if mode == "async":
+        return None
+    run_dir = folder / f"reference-{mode}"
+    _run(["run", *overrides(folder, run_dir, engine=engine, **SETTINGS, **MODES[mode])], {})
     return products(run_dir)
 
 
@@ -86,7 +92,9 @@ def products(run_dir: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in paths}
 
 
-def play(*cells: Cell, folder: Path, name: str, visit: int, engine: str, expected: dict[str, bytes] | None) -> Outcome:
+def play(
+    *cells: Cell, folder: Path, name: str, visit: int, engine: str, mode: str, expected: dict[str, bytes] | None
+) -> Outcome:
     """Plays cells in one run to its end, resuming it where its controller dies.
 
     Args:
@@ -95,8 +103,8 @@ def play(*cells: Cell, folder: Path, name: str, visit: int, engine: str, expecte
         name: of this run.
         visit: the how manieth time that a process comes to the point.
         engine: of the generators.
-        expected: `products` of a run that nothing disturbed; None: with pipeline.mode=async, where it is not known
-            which weights sample what.
+        mode: `pipeline.mode`.
+        expected: what `reference_run` gave.
     """
     run_dir, chaos = folder / name, folder / f"{name}.chaos"
     (chaos / "armed").mkdir(parents=True)
@@ -104,8 +112,7 @@ def play(*cells: Cell, folder: Path, name: str, visit: int, engine: str, expecte
         armed = {"point": cell.point, "role": cell.role, "visit": visit}
         (chaos / "armed" / f"{cell}.json").write_text(json.dumps(armed))
     environment = {FOLDER: str(chaos)}
-    chosen = SETTINGS if expected is not None else SETTINGS | ASYNC
-    settings = overrides(folder, run_dir, engine=engine, **chosen)
+    settings = overrides(folder, run_dir, engine=engine, **SETTINGS | MODES[mode])
     with nodes(chaos) if any(cell.role == "node" for cell in cells) else nullcontext([]) as cluster:
         code = _run(["run", *settings, *cluster], environment, may_fail=True)
         resumes = 0
