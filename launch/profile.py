@@ -12,7 +12,7 @@ from orchestrator.ledger import LedgerReader
 from orchestrator.profiling import FILE_NAME, read_profile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from orchestrator.ledger import PhaseRecord
@@ -37,8 +37,8 @@ def profile(run: Path, *, as_json: bool = False, trace: Path | None = None) -> s
         DataError: the folder holds no run, or one that has noted nothing.
     """
     with LedgerReader(run) as ledger:
-        stages = [_stretch(phase) for phase in ledger.phases() if phase.seconds is not None]
-        latest = [_stretch(phase) for phase in _latest(ledger.phases()) if phase.seconds is not None]
+        stages = _foremost(ledger.phases())
+        latest = _foremost(_latest(ledger.phases()))
     actors: dict[str, list[Stretch]] = defaultdict(list)
     for line in read_profile(run):
         actors[line["actor"]] += [(what, start, start + seconds) for what, start, seconds in line["spans"]]
@@ -52,8 +52,26 @@ def profile(run: Path, *, as_json: bool = False, trace: Path | None = None) -> s
     return "\n".join([*_table(shares, _total(stages)), "", *_timeline(latest, dict(sorted(actors.items())))])
 
 
-def _stretch(phase: PhaseRecord) -> Stretch:
-    return phase.phase, phase.started, phase.started + (phase.seconds or 0.0)
+def _foremost(phases: Iterable[PhaseRecord]) -> list[Stretch]:
+    """The stage that the run was in: of what was collected beside another stage, only what that one left."""
+    stages = [
+        (phase.phase, phase.started, phase.started + phase.seconds) for phase in phases if phase.seconds is not None
+    ]
+    others = [stage for stage in stages if stage[0] != "collect"]
+    covered = _union(others)
+    alone = [rest for stage in stages if stage[0] == "collect" for rest in _without(stage, covered)]
+    return sorted([*others, *alone], key=lambda stage: stage[1])
+
+
+def _without(stretch: Stretch, covered: Iterable[tuple[float, float]]) -> Iterator[Stretch]:
+    """The parts of a stretch that none of these times covers; they are in order."""
+    what, start, end = stretch
+    for since, until in covered:
+        if since > start and start < end:
+            yield what, start, min(since, end)
+        start = max(start, until)
+    if start < end:
+        yield what, start, end
 
 
 def _latest(phases: Sequence[PhaseRecord]) -> list[PhaseRecord]:

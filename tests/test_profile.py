@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.profile import _shares, _union, profile
+from launch.profile import _shares, _union, _without, profile
 from orchestrator.errors import DataError
 from orchestrator.ledger import Ledger
 from orchestrator.profiling import FILE_NAME
@@ -46,6 +46,17 @@ def test_the_union_covers_the_same_seconds(spans):
     union = _union(spans)
     assert {second for start, end in union for second in range(start, end)} == covered
     assert sum(end - start for start, end in union) == len(covered)
+
+
+@given(st.integers(0, 30), st.integers(0, 10), STRETCHES)
+def test_what_is_left_of_a_stretch_is_what_nothing_covers(start, length, others):
+    covered = {second for since, until in _union(others) for second in range(since, until)}
+    left = list(_without(("collect", start, start + length), _union(others)))
+    assert {second for _, since, until in left for second in range(since, until)} == (
+        set(range(start, start + length)) - covered
+    )
+    assert sum(until - since for _, since, until in left) == len(set(range(start, start + length)) - covered)
+    assert all(since < until for _, since, until in left)
 
 
 @given(STRETCHES)

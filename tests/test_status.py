@@ -70,6 +70,7 @@ def test_versions_load_nothing():
 
 
 def test_a_run_that_goes_on(ledger, tmp_path):
+    ledger.start_phase(5, "collect")  # ahead
     with RunLock(tmp_path):
         found = read_status(tmp_path)
         assert found["state"] == "running"
