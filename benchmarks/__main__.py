@@ -10,7 +10,10 @@ import argparse
 import subprocess
 import sys
 
-SCRIPTS = ("queue_bandwidth", "publication", "generation", "learner_vs_trl", "logprob_memory", "learner_throughput")
+SCRIPTS = (
+    *("queue_bandwidth", "publication", "generation", "overlap"),
+    *("learner_vs_trl", "logprob_memory", "learner_throughput"),
+)
 
 
 def main() -> int:

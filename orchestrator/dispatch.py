@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import ray
 from ray.exceptions import ActorDiedError, ObjectLostError, OutOfMemoryError, RayTaskError
 
-from orchestrator.errors import ActorLostError, DeadlineError, FailureKind
+from orchestrator.errors import ActorLostError, DeadlineError, FailureKind, PoolError
 from orchestrator.events import EventKind
 from orchestrator.remote import DEATHS, last_words, unwrap
 from orchestrator.slots import told
@@ -112,7 +112,7 @@ class Dispatch(Generic[Work, Result]):
                 left = self._end - time.monotonic()
                 if left <= 0:
                     self._give_up()
-                if ray.wait(list(self._pending), timeout=min(left, _TICK_S))[0]:
+                if self._pending and ray.wait(list(self._pending), timeout=min(left, _TICK_S))[0]:
                     self._collect()
                 if on_tick is not None:
                     on_tick()
@@ -128,24 +128,26 @@ class Dispatch(Generic[Work, Result]):
         for position in positions:
             units.setdefault(position if self._keys is None else self._keys[position], []).append(position)
         dealt, living = list(units.values()), self._pool.living
+        if dealt and not living:
+            raise PoolError(f"{self._what}: nobody is left in the pool of {self._pool.role}s")
         for index, slot in enumerate(living):
             if part := sorted(chain.from_iterable(dealt[index :: len(living)])):
                 self._queues[slot.name].append(_Share(positions=tuple(part)))
 
     def _dispatch(self) -> bool:
         """Gives each idle slot its next share; False when nothing is left to do."""
+        self._leave_vacant()
         busy = {slot.name for slot, _, _ in self._pending.values()}
         for slot in self._pool.living:
             queue = self._queues[slot.name]
-            while queue and slot.name not in busy:
+            while queue and slot.name not in busy and (actor := slot.actor) is not None:
                 share = queue.popleft()
                 if positions := self._sound(share.positions):
                     share = _Share(positions=positions, alone=share.alone)
-                    actor = slot.actor
                     ref = self._call(actor, [self._work[position] for position in positions])
                     self._pending[ref] = slot, actor, share
                     break
-        return bool(self._pending)
+        return bool(self._pending) or any(self._queues.values())
 
     def _give_up(self) -> None:
         late = ", ".join(sorted(str(slot) for slot, _, _ in self._pending.values()))
@@ -236,8 +238,11 @@ class Dispatch(Generic[Work, Result]):
         for index, positions in enumerate(alone.values()):
             queue = self._queues[living[index % len(living)].name]
             queue.append(_Share(positions=tuple(sorted(positions)), alone=True))
+
+    def _leave_vacant(self) -> None:
+        """Gives the work of vacant slots to the others; another thread may have found that nobody works there."""
         for slot in self._pool.slots:
-            if slot.actor is None:
+            if slot.actor is None and self._queues[slot.name]:
                 queue, self._queues[slot.name] = self._queues[slot.name], deque()
                 for share in queue:
                     self._move(share)
