@@ -38,6 +38,7 @@ from orchestrator.files import atomic_file
 from orchestrator.ledger import Ledger, RunStatus
 from orchestrator.printable import printable
 from orchestrator.runlock import RunLock
+from orchestrator.startup import share_one_heap
 from orchestrator.summary import build_summary, write_summary
 from orchestrator.tracking import JsonlTracker, RunInfo, Tracker, Trackers
 from orchestrator.waits import forget_everybody
@@ -209,6 +210,7 @@ class Run:
                 last.callback(self._events, stopped)
 
     def _run(self) -> None:
+        share_one_heap()
         self._write_summary()  # and again with each iteration: it is there even when this process is killed
         config, last = self._config, self._ledger.resume_point()
         self._tracker.start(

@@ -1,13 +1,16 @@
-"""For processes that begin by loading large libraries."""
+"""For processes that begin by loading large libraries, and for one that lives for days."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+_M_ARENA_MAX = -8  # of glibc's malloc.h
 
 
 @contextmanager
@@ -20,3 +23,16 @@ def uncollected() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def share_one_heap() -> None:
+    """All threads that start from now on, and Arrow, allocate from one heap.
+
+    glibc gives threads heaps of their own and Arrow has another. Each grows for hours towards the most that it ever
+    held: together, in a process with the dozens of threads that Ray starts, that looks like a leak.
+    """
+    import pyarrow  # where records are written it is loaded; actors without records need not
+
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())
+    with suppress(OSError, AttributeError):  # another C library, which knows no such setting
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
