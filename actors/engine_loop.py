@@ -61,7 +61,8 @@ class EngineLoop:
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
         self._version: PolicyVersion | None = None
-        self._is_paused = False
+        self._paused_at: dict[str, int] | None = None
+        """Tokens of each request in flight when a pause began; None: there is none."""
         self._waiting: list[_Wave] = []
         """That came during a pause."""
         self._held: dict[str, list[tuple[int, PolicyVersion]]] = {}
@@ -78,20 +79,25 @@ class EngineLoop:
         return self._version
 
     def hold(self, version: PolicyVersion | None) -> None:
-        """From the next step on these weights sample, also what is in flight. Called by what `call` runs."""
-        self._version, self._is_paused = version, False
+        """These weights sample from the pause on, also what is in flight; from now on where there was none.
+
+        Called by what `call` runs. What had ended before the pause, and is only not delivered yet, is none of theirs.
+        """
+        lengths = self._engine.lengths() if self._paused_at is None else self._paused_at
+        self._version, self._paused_at = version, None
         if version is not None:
-            lengths = self._engine.lengths()
-            for request_id, held in self._held.items():
+            for request_id in self._held.keys() & lengths.keys():
+                held = self._held[request_id]
                 if held[-1][1] != version:
-                    held.append((lengths.get(request_id, 0), version))
+                    held.append((lengths[request_id], version))
         waiting, self._waiting = self._waiting, []
         for wave in waiting:
             self._admit(wave)
 
     def pause(self) -> None:
-        """Nothing is sampled until `hold` says by what. Called by what `call` runs."""
-        self._is_paused = True
+        """Nothing is sampled until `hold` says by what, but by what scores sequences. Called by what `call` runs."""
+        if self._paused_at is None:
+            self._paused_at = dict(self._engine.lengths())
 
     def submit(self, requests: Sequence[GenerationRequest]) -> Future[list[Completion]]:
         """Decodes `requests` together; the completions come in their order."""
@@ -151,7 +157,7 @@ class EngineLoop:
             self._engine.close()
 
     def _has_work(self) -> bool:
-        return self._engine.has_unfinished() and not self._is_paused
+        return self._engine.has_unfinished() and self._paused_at is None
 
     def _take_inbox(self) -> bool:
         """Takes what waits; blocks only when the engine is idle. False when asked to stop."""
@@ -164,7 +170,7 @@ class EngineLoop:
                 return False
             if not isinstance(item, _Wave):
                 item()
-            elif self._is_paused:
+            elif self._paused_at is not None:
                 self._waiting.append(item)
             else:
                 self._admit(item)

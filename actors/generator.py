@@ -83,10 +83,13 @@ class Generator(Observable):
         buckets = await asyncio.to_thread(self.receive, publication, deadline_s)
 
         def switch(engine: Engine) -> PolicyVersion:
-            self._loop.hold(None)
-            version = install(engine, publication, buckets, holder=self.name)
-            self._loop.hold(version)
-            return version
+            self._loop.pause()
+            version = None
+            try:
+                version = install(engine, publication, buckets, holder=self.name)
+                return version
+            finally:
+                self._loop.hold(version)
 
         return await asyncio.wrap_future(self._loop.call(switch, "load weights"))
 

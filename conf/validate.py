@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from conf.judging import TRAINED_KINDS, compares, cpus_needed, judge_kinds, own_language_model
 from conf.objectives import OBJECTIVES, PAIR_LABELS, needs_reference
+from conf.pipeline import grows_old
 from orchestrator.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -245,7 +246,7 @@ def _ahead(config: Config) -> Iterator[Problem]:
     """What goes with a learner that is trained while pairs are collected."""
     loss, learner, pipeline = config.loss, config.learner, config.pipeline
     mode, objective = f"pipeline.mode={pipeline.mode}", OBJECTIVES.get(loss.name)
-    if "implicit" in judge_kinds(config) and (pipeline.mode == "semi_online" or _grows_old(config)):
+    if "implicit" in judge_kinds(config) and (pipeline.mode == "semi_online" or grows_old(config)):
         message = f"{mode}: scorer.kind={config.scorer.kind} asks the learner, which is being trained then: set sync"
         yield Problem("pipeline.mode", message)
     if pipeline.mode == "semi_online":
@@ -262,7 +263,7 @@ def _ahead(config: Config) -> Iterator[Problem]:
         if loss.labels == "denoised":
             message = f"loss.labels=denoised: warms up within an iteration, whose length is not known with {mode}"
             yield Problem("loss.labels", f"{message}: set pipeline.mode=sync")
-    if not _grows_old(config) or objective is None:
+    if not grows_old(config) or objective is None:
         return
     if objective.on_policy:
         message = (
@@ -277,11 +278,6 @@ def _ahead(config: Config) -> Iterator[Problem]:
             f" loss.{what}: set it to 1 to train on older pairs as if they were new, or pipeline.mode=sync"
         )
         yield Problem("loss.importance_clip", message)
-
-
-def _grows_old(config: Config) -> bool:
-    """Whether other weights than the learner's may have sampled a pair."""
-    return config.pipeline.mode == "async" and config.pipeline.max_staleness > 0
 
 
 def _searching(config: Config) -> Iterator[Problem]:

@@ -82,20 +82,37 @@ class Accounts:
         row = self._db.execute("SELECT path, iteration, bytes, digest FROM files WHERE path = ?", (path,)).fetchone()
         return row and FileRecord(**row)
 
-    def forget_wave(self, iteration: int, wave: int) -> int:
-        """An attempt at a wave does not count; returns how many pairs it had."""
-        of_it = (iteration, wave)
-        for table in ("waves", "groups"):
-            self._db.execute(f"DELETE FROM {table} WHERE iteration = ? AND wave = ?", of_it)
-        return self._db.execute("DELETE FROM pairs WHERE iteration = ? AND wave = ?", of_it).rowcount
-
     def issue_wave(self, iteration: int, wave: int, prompts: Sequence[str]) -> None:
-        """Notes that completions of `prompts` are asked for; an earlier attempt at the wave is forgotten."""
-        self.forget_wave(iteration, wave)
+        """Notes that completions of `prompts` are asked for; of an earlier attempt only its evicted pairs are known."""
+        self._forget_wave(iteration, wave)
         self._db.execute(
-            "INSERT INTO waves (iteration, wave, prompts, issued) VALUES (?, ?, ?, ?)",
+            "INSERT INTO waves (iteration, wave, prompts, issued) VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET"
+            " prompts = excluded.prompts, issued = excluded.issued",
             (iteration, wave, json.dumps(list(prompts)), time.time()),
         )
+
+    def evict_wave(self, iteration: int, wave: int) -> None:
+        """What was made of a wave does not count: weights sampled it that may not have. Its pairs are counted."""
+        evicted = self._forget_wave(iteration, wave)
+        self._db.execute(
+            "UPDATE waves SET evicted = evicted + ? WHERE iteration = ? AND wave = ?", (evicted, iteration, wave)
+        )
+
+    def evicted(self, iteration: int, wave: int) -> int:
+        """How many pairs of a wave were evicted, over all attempts at it."""
+        row = self._db.execute(
+            "SELECT evicted FROM waves WHERE iteration = ? AND wave = ?", (iteration, wave)
+        ).fetchone()
+        return row["evicted"] if row else 0
+
+    def _forget_wave(self, iteration: int, wave: int) -> int:
+        """Returns how many pairs it had."""
+        of_it = (iteration, wave)
+        self._db.execute(
+            "UPDATE waves SET sampled = NULL, scored = NULL, outcome = NULL WHERE iteration = ? AND wave = ?", of_it
+        )
+        self._db.execute("DELETE FROM groups WHERE iteration = ? AND wave = ?", of_it)
+        return self._db.execute("DELETE FROM pairs WHERE iteration = ? AND wave = ?", of_it).rowcount
 
     def wave_sampled(self, iteration: int, wave: int) -> None:
         """Notes that the completions of a wave are on disk."""

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from threading import Condition, Event, Thread
 from typing import TYPE_CHECKING
 
+from conf.pipeline import max_staleness
 from orchestrator.context import Stage
 from orchestrator.errors import DataError, LostObjectError, PoolError, WeightsLostError
 from orchestrator.waits import Unwanted, check_wanted, work_until
@@ -102,17 +103,24 @@ class Ahead:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._bound = context.max_staleness
+        self._bound = max_staleness(context.config)
         self._streams = context.config.pipeline.mode == "semi_online"
         self._changed = Condition()
         self._finished = 0
         """The last iteration that is."""
         self._plans: dict[int, _Plan] = {}
         self._thread: Thread | None = None
+        self._error: BaseException | None = None
         self._unwanted = Event()
 
     def go_on(self, number: int) -> None:
-        """Iteration `number` is the next one, those before it are finished. Collects ahead where that is possible."""
+        """Iteration `number` is the next one, those before it are finished. Collects ahead where that is possible.
+
+        Raises:
+            AgonError: what collecting ahead came to.
+        """
+        if self._error is not None:
+            raise self._error
         with self._changed:
             self._finished = number - 1
             self._changed.notify_all()
@@ -179,7 +187,7 @@ class Ahead:
         """Where the learner has gone on from pairs that are to be made again, it and the generators go back."""
         context = self._context
         if not context.waves.are_committed(waves) and context.learning.undo(number):
-            context.publisher.publish(current.number, number)
+            context.publish(current.number, number)
 
     def _plan(self, number: int, outcome: Future[Collected] | None = None) -> _Plan:
         context, config = self._context, self._context.config.pipeline
@@ -250,6 +258,8 @@ class Ahead:
                 try:
                     outcome.set_result(self._collect(plan.waves, quietly=True))
                 except BaseException as error:  # noqa: BLE001 - raised where the pairs are asked for
+                    if not isinstance(error, WeightsLostError):
+                        self._error = error
                     outcome.set_exception(error)
                     return
 

@@ -57,6 +57,12 @@ class BatchPlan:
         self._note(self._iteration, self.batches)
         return len(self.batches) > before
 
+    def reaches(self, number: int) -> bool:
+        """Whether there is a batch of this number; waits for pairs where that is not known yet."""
+        while number >= len(self.batches) and self.more():
+            pass
+        return number < len(self.batches)
+
     def complete(self) -> None:
         """Waits for all pairs."""
         while self.more():

@@ -139,7 +139,7 @@ def pack(
         chosen_token_weights=_token_weights(pairs, "chosen", include_prompt),
         rejected_token_weights=_token_weights(pairs, "rejected", include_prompt),
         reference_logprobs=_by_reference(pairs, index) if as_sampled else None,
-        sampled_logprobs=_as_sampled(pairs, index, columns.completion_lengths) if stale else None,
+        sampled_logprobs=_as_sampled(pairs) if stale else None,
         pair_ids=tuple(pair.id for pair in pairs),
         reference=reference,
         iteration=first.iteration,
@@ -181,22 +181,17 @@ def _by_reference(pairs: Sequence[PreferencePair], index: NDArray[np.int32]) -> 
     return np.fromiter(chain.from_iterable(found[number] for number in sorted(found)), np.float32)
 
 
-def _as_sampled(
-    pairs: Sequence[PreferencePair], index: NDArray[np.int32], lengths: NDArray[np.int32]
-) -> NDArray[np.float32]:
-    """[C] log-probs of the pairs' completions under the weights that sampled them, and 0 of the others.
+def _as_sampled(pairs: Sequence[PreferencePair]) -> NDArray[np.float64]:
+    """[P, 2] log-probs of the completions under the weights that sampled their tokens.
 
     Raises:
-        ValueError: they were not noted for every token of a pair's completion.
+        ValueError: they were not noted for every token.
     """
-    ends = np.cumsum(lengths, dtype=np.int64)
-    found = np.zeros(int(ends[-1]), np.float32)
-    sides = ((pair, completion) for pair in pairs for completion in (pair.chosen, pair.rejected))
-    for number, (pair, completion) in zip(index.tolist(), sides, strict=False):
-        if len(completion.logprobs) != lengths[number]:
-            raise ValueError(f"pair {pair.id}: {len(completion.logprobs)} log-probs of {lengths[number]} tokens")
-        found[ends[number] - lengths[number] : ends[number]] = completion.logprobs
-    return found
+    for pair in pairs:
+        for side in (pair.chosen, pair.rejected):
+            if len(side.logprobs) != len(side.token_ids):
+                raise ValueError(f"pair {pair.id}: {len(side.logprobs)} log-probs of {len(side.token_ids)} tokens")
+    return np.array([(sum(pair.chosen.logprobs), sum(pair.rejected.logprobs)) for pair in pairs], np.float64)
 
 
 def _mismatched(sequences: Sequence[tuple[Tokens, Tokens]]) -> list[tuple[Tokens, Tokens]]:
@@ -329,7 +324,7 @@ def _groups(batch: PreferenceBatch, low: int, high: int) -> PreferenceBatch:
         chosen_token_weights=_kept(batch.chosen_token_weights, batch.completion_lengths[batch.chosen], kept),
         rejected_token_weights=_kept(batch.rejected_token_weights, batch.completion_lengths[batch.rejected], kept),
         reference_logprobs=None if batch.reference_logprobs is None else batch.reference_logprobs[scored],
-        sampled_logprobs=None if batch.sampled_logprobs is None else batch.sampled_logprobs[scored],
+        sampled_logprobs=None if batch.sampled_logprobs is None else batch.sampled_logprobs[kept],
         pair_ids=tuple(batch.pair_ids[index] for index in kept.tolist()),
     )
 

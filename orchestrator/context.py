@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from conf.judging import asks_policy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from orchestrator.store import Store
     from orchestrator.tracking import Tracker
     from orchestrator.training import Training
-    from orchestrator.types import Prompt
+    from orchestrator.types import PolicyVersion, Prompt
     from orchestrator.waves import Waves
 
 
@@ -79,11 +81,10 @@ class Context:
     profile: Profile
     emit: Emit
 
-    @property
-    def max_staleness(self) -> int:
-        """How many updates older than the learner the weights may be that sample what it is trained on."""
-        pipeline = self.config.pipeline
-        return pipeline.max_staleness if pipeline.mode == "async" else 0
+    def publish(self, number: int, iteration: int) -> PolicyVersion:
+        """`Publisher.publish`; between two waves where the policy's engines judge what they sample."""
+        with self.floor.taken() if asks_policy(self.config) else nullcontext():
+            return self.publisher.publish(number, iteration)
 
     @contextmanager
     def stage(self, name: str, iteration: int, *, quietly: bool = False) -> Iterator[Stage]:

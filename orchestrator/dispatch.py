@@ -136,7 +136,16 @@ class Dispatch(Generic[Work, Result]):
 
     def _dispatch(self) -> bool:
         """Gives each idle slot its next share; False when nothing is left to do."""
-        self._leave_vacant()
+        # While somebody is replaced or weights are published, new actors are not yet what they are to be.
+        if self._pool.still.acquire(timeout=_TICK_S):
+            try:
+                self._leave_vacant()
+                self._give_out()
+            finally:
+                self._pool.still.release()
+        return bool(self._pending) or any(self._queues.values())
+
+    def _give_out(self) -> None:
         busy = {slot.name for slot, _, _ in self._pending.values()}
         for slot in self._pool.living:
             queue = self._queues[slot.name]
@@ -147,7 +156,6 @@ class Dispatch(Generic[Work, Result]):
                     ref = self._call(actor, [self._work[position] for position in positions])
                     self._pending[ref] = slot, actor, share
                     break
-        return bool(self._pending) or any(self._queues.values())
 
     def _give_up(self) -> None:
         late = ", ".join(sorted(str(slot) for slot, _, _ in self._pending.values()))

@@ -14,11 +14,9 @@ What counts is never done again: a run that is resumed goes on within the stage 
 from __future__ import annotations
 
 import math
-from collections import deque
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from conf.judging import asks_policy
 from orchestrator import metrics
 from orchestrator.errors import FailureKind, TrainingError
 from orchestrator.evaluation import anchor_figures, evaluate
@@ -93,12 +91,11 @@ class Iteration:
 
     def _train(self, gathering: Gathering) -> bool:
         """Whether new weights came of it."""
-        context, pairs = self._context, iter(gathering)
+        context = self._context
         with self._stage("train") as stage:
             try:
-                results = context.training.run(self._number, pairs)
+                results = context.training.run(self._number, iter(gathering))
             except TrainingError as error:
-                deque(pairs, maxlen=0)  # what is being collected is kept as well
                 self._note(gathering)
                 self._roll_back(str(error))
                 return False
@@ -116,11 +113,8 @@ class Iteration:
 
     def _publish(self) -> PolicyVersion:
         """The learner's weights, as the next version."""
-        context = self._context
-        with ExitStack() as between_waves, self._stage("publish"):
-            if asks_policy(context.config):
-                between_waves.enter_context(context.floor.taken())
-            return context.publisher.publish(self._policy.number + 1, self._number)
+        with self._stage("publish"):
+            return self._context.publish(self._policy.number + 1, self._number)
 
     def _roll_back(self, why: str) -> PolicyVersion:
         """Learner and generators go back to the last promoted policy; what was trained is in no weights any more."""
@@ -135,7 +129,7 @@ class Iteration:
             )
         )
         # Also after an update that failed: generators of a process that was resumed within it hold no policy yet.
-        return self._context.publisher.publish(self._policy.number, self._number)
+        return self._context.publish(self._policy.number, self._number)
 
     def _measure(self, name: str, find: Callable[[Stage], None]) -> None:
         """Runs a stage whose figures are all that comes of it, unless they are known already."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from threading import RLock
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
@@ -76,6 +77,8 @@ class Learning:
         """Number of the policy version last published; staleness is counted from it."""
         self.steps = 0
         """Batches of the run that the weights which count contain."""
+        self.alone = RLock()
+        """Held by a thread while it has the learner to itself."""
         self.has_moved = False
         """Whether it has been trained since its weights were published last."""
         self._is_restored = True
@@ -124,6 +127,11 @@ class Learning:
         """Its weights are published, as `version`."""
         self.version, self.has_moved = version, False
 
+    def move(self) -> None:
+        """It is about to be trained: from now on its weights are not the published ones."""
+        with self.alone:
+            self.has_moved = True
+
     def call(self, method: str, *arguments: Any, what: str) -> Any:
         """Calls the learner as the last checkpoint that counts has it; one that dies meanwhile is replaced and asked.
 
@@ -134,12 +142,16 @@ class Learning:
         return self.surviving(lambda: self.ask(method, *arguments, what=what))
 
     def surviving(self, action: Callable[[], Result]) -> Result:
-        """Runs `action`, which needs the learner, again after each death of it, for as long as the budget lasts."""
-        while True:
-            try:
-                return action()
-            except (ActorLostError, LostObjectError) as error:
-                self._replace(error)
+        """Runs `action`, which needs the learner, again after each death of it, for as long as the budget lasts.
+
+        No other thread has the learner meanwhile.
+        """
+        with self.alone:
+            while True:
+                try:
+                    return action()
+                except (ActorLostError, LostObjectError) as error:
+                    self._replace(error)
 
     def restore(self) -> CheckpointRecord | None:
         """Brings the learner to the newest checkpoint that is whole; None: to the initial model.

@@ -61,7 +61,7 @@ CREATE TABLE files (
 );
 CREATE TABLE waves (
     iteration INTEGER NOT NULL, wave INTEGER NOT NULL, prompts TEXT NOT NULL, issued REAL NOT NULL, sampled REAL,
-    scored REAL, outcome TEXT, PRIMARY KEY (iteration, wave)
+    scored REAL, outcome TEXT, evicted INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (iteration, wave)
 );
 CREATE TABLE groups (
     iteration INTEGER NOT NULL, prompt TEXT NOT NULL, wave INTEGER NOT NULL, completions INTEGER NOT NULL,

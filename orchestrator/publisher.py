@@ -59,16 +59,16 @@ class Publisher:
         return version
 
     def _publish(self, number: int) -> PolicyVersion:
-        def load(publication: Publication) -> None:
-            self._roles.generators.broadcast(
-                lambda actor: actor.update_weights.remote(publication, self._deadline_s),
-                what=f"load weights {publication.version}",
-                deadline_s=self._deadline_s,
-                knob=_KNOB,
-            )
-
         self._current = None  # whoever is started now need not be given what is about to be replaced
-        return self._send_to(load, number).version
+        return self._send_to(self._load, number).version
+
+    def _load(self, publication: Publication) -> None:
+        self._roles.generators.broadcast(
+            lambda actor: actor.update_weights.remote(publication, self._deadline_s),
+            what=f"load weights {publication.version}",
+            deadline_s=self._deadline_s,
+            knob=_KNOB,
+        )
 
     def _send_to(self, load: Callable[[Publication], None], number: int) -> Publication:
         """Through shared memory; where that cannot be read (a container may hide it), another way from then on.
@@ -111,19 +111,22 @@ class Publisher:
             ActorLostError: it died.
             WeightsLostError: nobody has them any more: it has to wait for the next ones.
         """
-        if self._current is None:
+        current, learner = self._current, self._roles.learner
+        if current is None:
             return
         try:
-            if not self._current.is_packed:
+            if not current.is_packed:
                 raise LostObjectError("nothing is kept of weights that were sent by NCCL or IPC")
-            self._update(actor, self._current)
+            self._update(actor, current)
         except LostObjectError as error:
-            number = self._current.version.number
-            if self._roles.learner.has_moved:
-                raise WeightsLostError(
-                    f"weights v{number} are lost, and the learner has gone on from them: {error}"
-                ) from error
-            self._roles.learner.surviving(lambda: self._send_to(partial(self._update, actor), number))
+            # NCCL and IPC send to all and make them wait for the proof.
+            load = partial(self._update, actor) if current.is_packed else self._load
+            with learner.alone:
+                if learner.has_moved:
+                    raise WeightsLostError(
+                        f"weights {current.version} are lost, and the learner has gone on from them: {error}"
+                    ) from error
+                learner.surviving(lambda: self._send_to(load, current.version.number))
 
     def _update(self, actor: Any, publication: Publication) -> None:
         fetch(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from conf.objectives import OBJECTIVES
+from conf.pipeline import grows_old
 from orchestrator import batching
 from orchestrator.accounts import CheckpointRecord
 from orchestrator.batch_plan import BatchPlan
@@ -98,8 +99,12 @@ class Training:
             plan.complete()
         self._log(iteration, self._accounts.results(iteration))
         if plan.batches or plan.more():
-            self._learning.has_moved = True
-            self._learning.surviving(lambda: self._train(iteration, plan))
+            self._learning.move()
+            try:
+                self._learning.surviving(lambda: self._train(iteration, plan))
+            except TrainingError:
+                plan.complete()  # all its pairs are accounted for: in batches that are rolled back
+                raise
         return self._accounts.results(iteration)
 
     def _note_plan(self, iteration: int, batches: Sequence[Sequence[PreferencePair]]) -> None:
@@ -113,7 +118,7 @@ class Training:
         done = self._learning.ask("begin_iteration", iteration, total, what="begin the iteration")
         written: tuple[CheckpointRecord, list[UpdateResult]] | None = None
         start = len(self._accounts.results(iteration))
-        while start < len(batches) or plan.more():
+        while plan.reaches(start):
             # A learner that outlived its queue may be ahead, and what is saved is where it is.
             end = max(done, min(len(batches), start - start % every + every))
             results = self._segment(iteration, batches, start, end)
@@ -154,7 +159,7 @@ class Training:
                 mismatched=mismatched,
                 include_prompt=loss.include_prompt,
                 sampled_reference=self._sampled_reference,
-                stale=self._config.pipeline.mode == "async" and loss.importance_clip > 1,
+                stale=grows_old(self._config) and loss.importance_clip > 1,
             )
             self._accounts.issue_batch(iteration, number)
             reference, give_up_at = ray.put(packed), time.monotonic() + deadline_s

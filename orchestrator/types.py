@@ -255,9 +255,9 @@ class PreferenceBatch:
     reference_logprobs: NDArray[np.float32] | None
     """[C] log-prob of each completion token under the reference, completions in order: as sampled, where the
     reference is what sampled them, else from the learner's forward pass; None until then."""
-    sampled_logprobs: NDArray[np.float32] | None
-    """[C] log-prob of each completion token under the weights that sampled it; 0 where that was not noted, in
-    completions that belong to no pair. None where the pairs' weights need no correction for stale data."""
+    sampled_logprobs: NDArray[np.float64] | None
+    """[P, 2] log-prob of each pair's chosen and rejected completion under the weights that sampled its tokens. None
+    where the pairs' weights need no correction for stale data."""
     pair_ids: tuple[str, ...]
     """[P]"""
     reference: PolicyVersion

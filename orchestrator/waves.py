@@ -9,7 +9,7 @@ again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from orchestrator.filters import filter_pairs
@@ -117,24 +117,24 @@ class Waves:
         Raises:
             AgonError: an actor or judge failed; nothing of it counts but its samples.
         """
-        evicted = self._evict(wave)
+        self._evict(wave)
         found = self._committed(wave) or self._collect(wave)
         self._archive.drop(self._store.path("samples", wave.iteration, wave.number))
-        return found + Harvest(evicted=evicted)
+        return replace(found, evicted=self._accounts.evicted(wave.iteration, wave.number))
 
     def are_committed(self, waves: Sequence[Wave]) -> bool:
         """Whether nothing of these is left to do."""
         return all(self._committed(wave) for wave in waves)
 
-    def _evict(self, wave: Wave) -> int:
-        """Gives up a committed wave that weights sampled which may not have; returns how many pairs it had."""
+    def _evict(self, wave: Wave) -> None:
+        """Gives up a committed wave that weights sampled which may not have."""
         outcome = self._accounts.wave_outcome(wave.iteration, wave.number)
         if outcome is None or wave.takes(outcome["policies"]):
-            return 0
+            return
+        with self._ledger.transaction():
+            self._accounts.evict_wave(wave.iteration, wave.number)
         for kind in outcome["files"]:
             self._archive.drop(self._store.path(kind, wave.iteration, wave.number))
-        with self._ledger.transaction():
-            return self._accounts.forget_wave(wave.iteration, wave.number)
 
     def _committed(self, wave: Wave) -> Harvest | None:
         """What was committed of a wave; None where it has to be done."""

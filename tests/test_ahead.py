@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from conf.compose import compose
 from orchestrator.ahead import Ahead
-from orchestrator.context import Context, Stage
+from orchestrator.context import Stage
 from orchestrator.errors import DataError, JudgeError, PoolError, WeightsLostError
 from orchestrator.floor import Floor
 from orchestrator.prompts import PromptStream
@@ -40,12 +40,11 @@ class Run:
             + [f"pipeline.max_staleness={bound}"] * (mode == "async")
             + ["pipeline.wave_prompts=2"]
         )
-        self.max_staleness = Context.max_staleness.fget(self)
         self.floor, self.tracker = Floor(), Tracker()
         self.accounts = SimpleNamespace(quarantined=self._quarantined)
         self.asked_before = []
         self.prompts = PromptStream(AdditionTask(), self._render, max_length=256, max_tokens=64)
-        self.publisher = SimpleNamespace(is_published=True, version=version(0), publish=self._publish)
+        self.publisher = SimpleNamespace(is_published=True, version=version(0))
         self.learning = SimpleNamespace(undo=lambda number: self.undone.append(number) or True)
         self.waves = SimpleNamespace(collect=self.sample, are_committed=lambda waves: True)
         self.undone, self.published, self.sampled, self.pairs = [], [], [], []
@@ -59,7 +58,7 @@ class Run:
         self.asked_before.append(before)
         return {}
 
-    def _publish(self, number, iteration):
+    def publish(self, number, iteration):
         self.published.append(number)
 
     def stage(self, name, iteration, *, quietly):
@@ -204,9 +203,13 @@ def test_an_error_is_raised_where_the_pairs_are_asked_for():
     run = Run()
     run.break_off[2, 1] = JudgeError("no verdict")
     with closing(Ahead(run)) as ahead:
-        run.go(ahead, [1], versions := [version(0)])
+        run.go(ahead, [1], [version(0)])
+        wait_until(lambda: not ahead._lives)
         with pytest.raises(JudgeError, match="no verdict"):
-            run.go(ahead, [2], versions)
+            ahead.take(2, (version(0), version(1)), version(1))
+        with pytest.raises(JudgeError, match="no verdict"):
+            ahead.go_on(2)
+    assert [number for number, _, _ in run.sampled] == [1, 2], "nothing is collected behind it"
 
 
 def test_too_few_prompts_are_said_where_they_are_asked_for():

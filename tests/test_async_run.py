@@ -9,9 +9,12 @@ import time
 import psutil
 import pytest
 
+from conf.compose import compose
 from launch.audit import audit
+from launch.run import run
 from orchestrator.ledger import LedgerReader
 from orchestrator.store import read_pairs
+from orchestrator.training import Training
 from tests.chaos.cells import products
 from tests.runs import REFERENCE, do_run, overrides
 
@@ -96,3 +99,29 @@ def test_a_signal_ends_it_at_once_and_resuming_loses_nothing(folder, tmp_path):
     assert subprocess.run([*command, "--resume", str(run_dir)], timeout=300, check=False).returncode == 0
     assert len(finished(run_dir)) == 7
     assert audit(run_dir).findings == []
+
+
+def test_semi_online_ends_with_the_same_bytes_wherever_its_training_was_broken_off(folder, tmp_path, monkeypatch):
+    """Also behind more batches than the first waves give."""
+    chosen = {"pipeline__mode": "semi_online", "learner__schedule": "constant", "learner__checkpoint_steps": 1}
+    settings = REFERENCE | chosen | {"tracking": "disabled", "pipeline__iterations": 2}
+    assert do_run(folder, tmp_path / "whole", **settings) == 0
+    with LedgerReader(tmp_path / "whole") as ledger:
+        of_first = ledger.db.execute("SELECT COUNT(*) FROM batches WHERE iteration = 1").fetchone()[0]
+    run_dir, acknowledge = tmp_path / "broken", Training._acknowledge
+    for stop_at in (2, of_first):
+        with monkeypatch.context() as patched:
+
+            def acknowledge_and_stop(self, record, results, stop_at=stop_at):
+                acknowledge(self, record, results)
+                if (record.iteration, record.batches) == (1, stop_at):
+                    raise KeyboardInterrupt
+
+            patched.setattr(Training, "_acknowledge", acknowledge_and_stop)
+            if run_dir.exists():
+                assert run(compose([], run_dir / "config.yaml"), resume=run_dir) == 130
+            else:
+                assert do_run(folder, run_dir, **settings) == 130
+    assert run(compose([], run_dir / "config.yaml"), resume=run_dir) == 0
+    assert audit(run_dir).findings == []
+    assert products(run_dir) == products(tmp_path / "whole")

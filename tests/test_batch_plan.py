@@ -83,3 +83,15 @@ def test_a_part_is_asked_for_when_the_batches_before_it_are_taken():
     assert (asked, len(plan.batches)) == ([0], 1), "the rest waits for the next part"
     assert plan.more()
     assert (asked, len(plan.batches)) == ([0, 1], 2)
+
+
+@given(parts_of_pairs, st.data())
+def test_a_batch_is_reached_from_wherever_a_run_goes_on(parts, data):
+    """Batches that were acknowledged by an earlier process may be behind those of the parts that have come."""
+    plan, _ = plan_of(parts)
+    plan.complete()
+    number = data.draw(st.integers(0, len(plan.batches)))
+    resumed, _ = plan_of(parts)
+    assert resumed.reaches(number) == (number < len(plan.batches))
+    assert resumed.batches == plan.batches[: len(resumed.batches)]
+    assert resumed.is_complete or len(resumed.batches) > number

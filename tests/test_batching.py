@@ -64,15 +64,13 @@ def unpacked(batch: PreferenceBatch):
         for number in (batch.chosen[index], batch.rejected[index]):
             group, start = batch.completion_groups[number], batch.completion_starts[number]
             prompt = batch.prompt_starts[group]
-            tokens = slice(ends[number] - batch.completion_lengths[number], ends[number])
+            reference = batch.reference_logprobs
             sides.append(
                 (
                     tuple(batch.tokens[prompt : prompt + batch.prompt_lengths[group]].tolist()),
                     tuple(batch.tokens[start : start + batch.completion_lengths[number]].tolist()),
-                    *(
-                        values is not None and tuple(values[tokens].tolist())
-                        for values in (batch.reference_logprobs, batch.sampled_logprobs)
-                    ),
+                    reference is not None
+                    and tuple(reference[ends[number] - batch.completion_lengths[number] : ends[number]].tolist()),
                 )
             )
         facts[name] = (
@@ -82,6 +80,7 @@ def unpacked(batch: PreferenceBatch):
             batch.rejected_scores[index],
             batch.labels[index],
             batch.data_versions[index],
+            batch.sampled_logprobs is not None and tuple(batch.sampled_logprobs[index]),
         )
     return facts
 
@@ -96,7 +95,7 @@ def test_pack_keeps_every_pair_and_stores_each_sequence_once(pairs):
     facts = unpacked(batch)
     assert list(batch.pair_ids) == [pair.id for pair in pairs]
     for pair in pairs:
-        chosen, rejected, *numbers, version = facts[pair.id]
+        chosen, rejected, *numbers, version, _ = facts[pair.id]
         assert chosen[:2] == (pair.prompt.token_ids, pair.chosen.token_ids)
         assert rejected[:2] == (pair.prompt.token_ids, pair.rejected.token_ids)
         assert numbers == [pair.weight, pair.chosen_score, pair.rejected_score, pair.label]
@@ -123,7 +122,7 @@ def test_log_probs_as_sampled_are_the_reference_where_it_sampled_everything(pair
     for pair in pairs:
         for side in (pair.chosen, pair.rejected):
             known.setdefault((pair.prompt.token_ids, side.token_ids), set()).add(side.logprobs)
-    for prompt, tokens, logprobs, _ in (side for facts in unpacked(batch).values() for side in facts[:2]):
+    for prompt, tokens, logprobs in (side for facts in unpacked(batch).values() for side in facts[:2]):
         assert logprobs in known[prompt, tokens]
     assert pack(pairs, sampled_reference=True, include_prompt=True).reference_logprobs is None
     mismatched = pack(pairs, sampled_reference=True, mismatched=True)
@@ -132,7 +131,7 @@ def test_log_probs_as_sampled_are_the_reference_where_it_sampled_everything(pair
 
 @given(pair_lists(), st.booleans())
 def test_stale_pairs_bring_along_what_they_were_sampled_with(pairs, mismatched):
-    """Where two of a prompt drew the same tokens, what was noted of one of them."""
+    """Each its own, also where two of a prompt drew the same tokens from other weights."""
 
     def noted(side, start):
         return replace(side, logprobs=tuple(-start - place for place in range(len(side.token_ids))))
@@ -141,14 +140,9 @@ def test_stale_pairs_bring_along_what_they_were_sampled_with(pairs, mismatched):
         replace(pair, chosen=noted(pair.chosen, 2 * index), rejected=noted(pair.rejected, 2 * index + 1))
         for index, pair in enumerate(pairs)
     ]
-    known = {}
-    for pair in pairs:
-        for side in (pair.chosen, pair.rejected):
-            known.setdefault((pair.prompt.token_ids, side.token_ids), set()).add(side.logprobs)
     batch = pack(pairs, stale=True, mismatched=mismatched)
-    assert len(batch.sampled_logprobs) == batch.num_completion_tokens
-    for prompt, tokens, _, logprobs in (side for facts in unpacked(batch).values() for side in facts[:2]):
-        assert logprobs in known[prompt, tokens]
+    for pair, sampled in zip(pairs, batch.sampled_logprobs, strict=True):
+        assert tuple(sampled) == (sum(pair.chosen.logprobs), sum(pair.rejected.logprobs))
     assert pack(pairs).sampled_logprobs is None
     with pytest.raises(ValueError, match="1 log-probs of 2 tokens"):
         pack([replace(pairs[0], chosen=replace(pairs[0].chosen, token_ids=(7, 8), logprobs=(-1.0,)))], stale=True)

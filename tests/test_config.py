@@ -418,3 +418,10 @@ def test_the_guide_names_every_group():
     for group, choices in groups().items():
         assert group in text
         assert all(choice in text for choice in choices)
+
+
+@pytest.mark.parametrize(
+    "choice", [["loss.include_prompt=true"], ["loss=nca"], ["loss=p3o"], ["scorer=implicit"]], ids=str
+)
+def test_what_needs_fresh_pairs_goes_with_async_where_none_grows_old(choice):
+    compose(["pipeline.mode=async", "pipeline.max_staleness=0", *choice])

@@ -185,3 +185,45 @@ def test_what_came_during_a_pause_is_refused_where_no_weights_are_proved():
     loop.call(lambda _: loop.hold(None)).result(5)
     with pytest.raises(PublicationError, match="no published weights"):
         late.result(5)
+
+
+class Pumping(CountingEngine):
+    """Sequences are scored by steps of the engine, which take what is in flight along, as those of vLLM do."""
+
+    def __init__(self):
+        super().__init__()
+        self.late = []
+
+    def score(self, sequences):
+        self.late += super().step()
+        return []
+
+    def step(self):
+        late, self.late = self.late, []
+        return late + (super().step() if self.running else [])
+
+    def has_unfinished(self):
+        return bool(self.running or self.late)
+
+
+@pytest.mark.parametrize("length", [3, 4, 50])
+def test_what_is_sampled_while_weights_are_proved_is_of_these_weights_and_nothing_else_is(length):
+    """Also of a completion that ends on the way."""
+    loop = EngineLoop(Pumping())
+    loop.hold(VERSION)
+
+    def start(engine):
+        return loop.submit([request("a", length)]), loop.call(run)
+
+    def run(engine):
+        for _ in range(2):  # tokens of the old weights
+            assert engine.step() == []
+        return loop.call(switch)
+
+    def switch(engine):
+        loop.pause()
+        engine.score([])
+        loop.hold(NEXT)
+
+    (completion,) = loop.call(start).result(5)[0].result(5)
+    assert (completion.policy, completion.switches) == (VERSION, ((2, NEXT),))

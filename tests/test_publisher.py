@@ -68,7 +68,7 @@ class Pool:
 
 class Learning:
     def __init__(self, actor):
-        self.actor, self.version, self.has_moved = actor, 0, False
+        self.actor, self.version, self.has_moved, self.alone = actor, 0, False, RLock()
 
     def now_at(self, version):
         self.version, self.has_moved = version, False
@@ -124,8 +124,21 @@ def test_weights_whose_memory_is_gone_are_published_again_unless_the_learner_has
     publisher._roles.learner.has_moved = has_moved
     (generator,) = publisher._roles.generators.actors
     if has_moved:
-        with pytest.raises(WeightsLostError, match="weights v1 are lost, and the learner has gone on"):
+        with pytest.raises(WeightsLostError, match=r"weights v1-0+ are lost, and the learner has gone on"):
             publisher._bring_up_to_date(generator)
     else:
         publisher._bring_up_to_date(generator)
     assert len(ray.get(learner.asked_for.remote())) == (1 if has_moved else 2)
+
+
+def test_weights_that_leave_nothing_are_sent_to_all_again(ray_cluster):
+    """NCCL and IPC make every generator wait for a proof, which all of them must get."""
+    publisher, _ = make(hidden=False)
+    publisher.publish(1, 1)
+    publisher._current = Publication(version=publisher.version, records=(), buckets=(), probe=PROBE)
+    asked = []
+    pool = publisher._roles.generators
+    broadcast = pool.broadcast
+    pool.broadcast = lambda call, **options: asked.append(options["what"]) or broadcast(call, **options)
+    publisher._bring_up_to_date(pool.actors[0])
+    assert [what.split()[0] for what in asked] == ["sign", "load"]

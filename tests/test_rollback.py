@@ -130,3 +130,14 @@ def test_a_gate_that_rejects_every_policy_leaves_the_first(tmp_path):
     assert "promotion.min_win_rate=1" in events(run_dir, "rolled_back")[0]["text"]
     assert_on_policy(run_dir)
     assert (run_dir / "model" / "model.safetensors").is_file(), "the initial model"
+
+
+def test_waves_of_an_iteration_that_is_given_up_while_they_are_collected_are_all_accounted_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("launch.placement.Learner", ExplodingLearner)
+    run_dir = tmp_path / "run"
+    settings = REFERENCE | {"pipeline__mode": "semi_online", "pipeline__iterations": 2}
+    assert do_run(tmp_path, run_dir, **settings, learner__schedule="constant", learner__max_skipped=0) == 0
+    done = finished(run_dir)
+    assert [each.metrics.get(ROLLED_BACK) for each in done] == [None, 0, 1]
+    assert done[2].metrics["pairs/kept"] > 0
+    assert_on_policy(run_dir)

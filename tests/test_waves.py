@@ -260,6 +260,7 @@ def test_waves_of_another_policy_are_done_again(finished):
         harvest = collect(second, V0)
         assert len(second.rollouts.drawn) == len(second.judge.asked) == 2
         assert harvest.evicted == 4
+        assert collect(second, V0).evicted == 4, "read back with it"
         assert {pair.chosen.policy for pair in harvest.pairs} == {V0}
         assert second.waves.are_committed(waves_of(V0))
         assert not second.waves.are_committed(waves_of())
@@ -290,3 +291,14 @@ def test_weights_that_took_over_within_a_completion_sampled_it_too(tmp_path):
         assert not first.waves.are_committed([wave])
         assert first.waves.are_committed([replace(wave, policies=either)])
         assert first.waves.collect(replace(wave, policies=None)).sampled_by == {V0.digest, V1.digest}
+
+
+def test_evicted_pairs_are_counted_whatever_dies_before_they_are_made_anew(finished):
+    with process(finished) as second, pytest.MonkeyPatch.context() as patched:
+        second.rollouts.policy = V0
+        break_off(patched, Judging, "score", 2, after=False)
+        with pytest.raises(KeyboardInterrupt):
+            collect(second, V0)
+    with process(finished) as third:
+        third.rollouts.policy = V0
+        assert collect(third, V0).evicted == 4

@@ -22,12 +22,12 @@ def importance(inputs: LossInput, sampled: Tensor, stale: Tensor, clip: float) -
     that have become a little rarer at each of many tokens count for nothing.
 
     Args:
-        inputs: with [C] log pi.
-        sampled: [C] log mu.
+        inputs: with log pi.
+        sampled: [P, 2] log mu of chosen and rejected.
         stale: [P] whether a pair was sampled by other weights than the learner began the iteration with.
         clip: c, at least 1.
     """
-    log_ratio = torch.segment_reduce(inputs.logprobs.detach() - sampled, "sum", lengths=inputs.lengths, axis=0)
-    log_ratio = log_ratio.clamp(-math.log(clip), math.log(clip))
-    weights = (log_ratio[inputs.chosen] + log_ratio[inputs.rejected]).exp()
+    now = inputs.logprob.detach()
+    log_ratios = torch.stack([now[inputs.chosen], now[inputs.rejected]], dim=1) - sampled
+    weights = log_ratios.clamp(-math.log(clip), math.log(clip)).sum(dim=1).exp()
     return torch.where(stale, weights, torch.ones_like(weights))
