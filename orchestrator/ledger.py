@@ -24,9 +24,9 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from threading import RLock
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
+from orchestrator.connection import SharedConnection
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.files import dump_json
 from orchestrator.types import PolicyVersion
@@ -83,22 +83,6 @@ CREATE TABLE quarantine (
     prompt TEXT PRIMARY KEY, iteration INTEGER NOT NULL, reason TEXT NOT NULL, noted REAL NOT NULL
 );
 """
-
-
-class _Connection(sqlite3.Connection):
-    """One for threads that take turns: a statement waits until the transaction of another thread is over."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.turn = RLock()
-
-    def execute(self, *args: Any) -> sqlite3.Cursor:
-        with self.turn:
-            return super().execute(*args)
-
-    def executemany(self, *args: Any) -> sqlite3.Cursor:
-        with self.turn:
-            return super().executemany(*args)
 
 
 class RunStatus(StrEnum):
@@ -187,7 +171,7 @@ class LedgerReader:
     def _open(self, options: str = "") -> sqlite3.Row | None:
         """Connects; returns the schema's version."""
         address = f"{self.path.absolute().as_uri()}?mode={self._mode}{options}"
-        self.db = sqlite3.connect(address, uri=True, timeout=_BUSY_S, factory=_Connection, check_same_thread=False)
+        self.db = sqlite3.connect(address, uri=True, timeout=_BUSY_S, factory=SharedConnection, check_same_thread=False)
         self.db.row_factory = sqlite3.Row
         self.db.isolation_level = None
         self.db.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
