@@ -34,8 +34,8 @@ def attempt(run_dir, ballast, room):
     stage = Context.stage
 
     @contextmanager
-    def filled(self, name, iteration):
-        with stage(self, name, iteration) as found:
+    def filled(self, name, iteration, **options):
+        with stage(self, name, iteration, **options) as found:
             if name == "train" and room is not None:
                 fill(ballast, room=room)
             yield found
