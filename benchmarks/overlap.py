@@ -2,7 +2,7 @@
 
     python -m benchmarks.overlap
 
-The embedded task (column addition, a Llama of 0.8M parameters), 192 prompts x 8 completions an iteration.
+The embedded task (column addition, a Llama of 0.8M parameters), 96 prompts x 8 completions an iteration.
 
     alone      sync; one core for the generator and one for the learner: how long an iteration's pairs and updates take
     overlap    async with the same cores: how long an iteration takes
@@ -40,7 +40,9 @@ ROUNDS, ITERATIONS, UNCOUNTED = 3, 7, 2
 CORES = {"generator": 0, "learner": 1}
 SETTINGS = [
     f"pipeline.iterations={ITERATIONS}",
-    "pipeline.prompts_per_iteration=192",
+    "pipeline.prompts_per_iteration=96",
+    "evaluation.problems=64",
+    "evaluation.final_problems=64",
     f"evaluation.every={ITERATIONS}",
     "evaluation.kl_prompts=0",
     "generator.num_actors=1",
