@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from orchestrator.rollouts import Roles
     from orchestrator.weights import Publication
 
+_GLANCE_S = 0.5
 _KNOB = "cluster.publish_deadline_s"
 
 
@@ -54,7 +55,7 @@ class Publisher:
         """
         with self._roles.generators.still:
             version = self._roles.learner.surviving(lambda: self._publish(number))
-        self._roles.learner.now_at(number)
+            self._roles.learner.now_at(number)
         self._accounts.publish(version, iteration)
         return version
 
@@ -121,12 +122,22 @@ class Publisher:
         except LostObjectError as error:
             # NCCL and IPC send to all and make them wait for the proof.
             load = partial(self._update, actor) if current.is_packed else self._load
-            with learner.alone:
-                if learner.has_moved:
-                    raise WeightsLostError(
-                        f"weights {current.version} are lost, and the learner has gone on from them: {error}"
-                    ) from error
-                learner.surviving(lambda: self._send_to(load, current.version.number))
+            # Whoever trains the learner may wait for what this thread is making: it is not waited for in turn.
+            while self._can_give_again():
+                if learner.alone.acquire(timeout=_GLANCE_S):
+                    try:
+                        if not self._can_give_again():
+                            break
+                        learner.surviving(lambda: self._send_to(load, current.version.number))
+                        return
+                    finally:
+                        learner.alone.release()
+            lost = f"weights {current.version} are lost, and the learner has gone on from them: {error}"
+            raise WeightsLostError(lost) from error
+
+    def _can_give_again(self) -> bool:
+        """Whether the learner still is what was published last."""
+        return not self._roles.learner.has_moved
 
     def _update(self, actor: Any, publication: Publication) -> None:
         fetch(

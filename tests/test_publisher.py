@@ -2,7 +2,7 @@
 
 import os
 import subprocess
-from threading import RLock
+from threading import Event, RLock, Thread, Timer
 
 import pytest
 import ray
@@ -142,3 +142,27 @@ def test_weights_that_leave_nothing_are_sent_to_all_again(ray_cluster):
     pool.broadcast = lambda call, **options: asked.append(options["what"]) or broadcast(call, **options)
     publisher._bring_up_to_date(pool.actors[0])
     assert [what.split()[0] for what in asked] == ["sign", "load"]
+
+
+def test_a_learner_that_is_being_trained_is_not_waited_for(ray_cluster):
+    """Whoever trains it may be waiting for what the generator is to sample."""
+    publisher, _ = make(hidden=False)
+    publisher.publish(1, 1)
+    publisher._current = publication(
+        1, shared=type(publisher._current.shared)(pid=1, born=0.0, descriptor=9, num_bytes=8)
+    )
+    learner, taken, over = publisher._roles.learner, Event(), Event()
+
+    def train():
+        with learner.alone:
+            taken.set()
+            over.wait(60)
+
+    thread = Thread(target=train)
+    thread.start()
+    assert taken.wait(10)
+    Timer(1.0, lambda: setattr(learner, "has_moved", True)).start()
+    with pytest.raises(WeightsLostError):
+        publisher._bring_up_to_date(publisher._roles.generators.actors[0])
+    over.set()
+    thread.join(10)
