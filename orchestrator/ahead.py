@@ -135,7 +135,7 @@ class Ahead:
 
         Args:
             number: of the iteration.
-            versions: all promoted policies so far.
+            versions: the latest promoted policies, the current one last.
             reference: what its pairs are trained against.
 
         Raises:

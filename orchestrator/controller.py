@@ -25,15 +25,17 @@ from contextlib import closing
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from conf.pipeline import max_staleness
 from orchestrator.ahead import Ahead
 from orchestrator.errors import AgonError, TrainingError
 from orchestrator.evaluation import evaluate
 from orchestrator.events import Event, EventKind
 from orchestrator.iteration import Iteration, keep_answers
+from orchestrator.lineage import Lineage
 from orchestrator.metrics import ROLLED_BACK
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from orchestrator.accounts import CheckpointRecord
     from orchestrator.context import Context
@@ -49,7 +51,7 @@ class Controller:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._versions: list[PolicyVersion] = []
+        self._promoted = self._lineage()
 
     def run(self) -> None:
         """Runs from where the ledger says that an earlier process stopped, or from the beginning, to the end.
@@ -71,12 +73,16 @@ class Controller:
             self._begin()
         context.profile.note()
         with closing(Ahead(context)) as ahead:
-            for number in range(len(self._versions), config.pipeline.iterations + 1):
+            for number in range(last.iteration + 1 if last else 1, config.pipeline.iterations + 1):
                 self._check_progress()
                 ahead.go_on(number)
-                self._versions.append(Iteration(context, ahead, number, tuple(self._versions)).run())
+                self._promoted.add(Iteration(context, ahead, number, self._promoted).run())
                 context.profile.note()
         self._check_progress()
+
+    def _lineage(self, versions: Iterable[PolicyVersion] = ()) -> Lineage:
+        config = self._context.config
+        return Lineage(config.reference, max_staleness=max_staleness(config), versions=versions)
 
     def _check_progress(self) -> None:
         """Stops a run that gets nowhere, whichever processes its latest iterations ran in."""
@@ -114,7 +120,8 @@ class Controller:
     def _begin(self) -> None:
         context = self._context
         with context.stage("publish", 0) as publishing:
-            self._versions = [context.publisher.publish(0, 0)]
+            version = context.publisher.publish(0, 0)
+        self._promoted.add(version)
         metrics = publishing.metrics()
         if context.config.evaluation.scorer != "none":
             with context.stage("evaluate", 0) as evaluating:
@@ -123,7 +130,7 @@ class Controller:
             keep_answers(context, 0, evaluation)
             metrics |= evaluation.metrics() | evaluating.metrics()
         context.ledger.finish_iteration(
-            0, version=self._versions[0], cursor=context.prompts.cursor, checkpoint=None, metrics=metrics
+            0, version=version, cursor=context.prompts.cursor, checkpoint=None, metrics=metrics
         )
         context.tracker.log(metrics, iteration=0, step=0)
 
@@ -131,7 +138,7 @@ class Controller:
         """Generators get the last promoted weights, unless the learner has gone on from them already."""
         context = self._context
         context.prompts.cursor = last.cursor
-        self._versions = context.ledger.versions()
+        self._promoted = self._lineage(context.ledger.versions())
         context.learning.version = last.version.number
         if checkpoint is not None and checkpoint.iteration > last.iteration:
             return

@@ -23,18 +23,18 @@ from orchestrator.evaluation import anchor_figures, evaluate
 from orchestrator.events import Event, EventKind
 from orchestrator.metrics import ROLLED_BACK
 from orchestrator.promotion import alarms, comparison_figures
-from orchestrator.publisher import reference_version
 from orchestrator.store import read_rollouts
 from orchestrator.summary import build_summary, write_summary
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from conf.schema import Config
     from orchestrator.accounts import CheckpointRecord
     from orchestrator.ahead import Ahead, Gathering
     from orchestrator.context import Context, Stage
     from orchestrator.evaluation import Evaluation
+    from orchestrator.lineage import Lineage
     from orchestrator.types import PolicyVersion
 
 
@@ -45,15 +45,15 @@ class Iteration:
         context: of the run.
         ahead: has its pairs.
         number: of the iteration.
-        versions: all promoted policies so far.
+        promoted: the policies so far.
     """
 
-    def __init__(self, context: Context, ahead: Ahead, number: int, versions: Sequence[PolicyVersion]) -> None:
+    def __init__(self, context: Context, ahead: Ahead, number: int, promoted: Lineage) -> None:
         self._context = context
         self._ahead = ahead
         self._number = number
-        self._versions = versions
-        self._policy = versions[-1]
+        self._promoted = promoted
+        self._policy = promoted.latest[-1]
         self._metrics: dict[str, float] = {ROLLED_BACK: 0.0}
         self._cursor = 0
 
@@ -83,9 +83,7 @@ class Iteration:
         self._metrics |= stage.metrics()
 
     def _collect(self) -> Gathering:
-        config = self._context.config.reference
-        reference = reference_version(config.kind, config.ema_decay, self._versions)
-        gathering = self._ahead.take(self._number, self._versions, reference)
+        gathering = self._ahead.take(self._number, self._promoted.latest, self._promoted.reference)
         self._cursor = gathering.cursor
         return gathering
 

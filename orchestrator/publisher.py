@@ -5,17 +5,15 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import xxhash
-
 from orchestrator.errors import LostObjectError, WeightsLostError
 from orchestrator.remote import fetch
-from orchestrator.types import PolicyVersion
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from orchestrator.accounts import Accounts
     from orchestrator.rollouts import Roles
+    from orchestrator.types import PolicyVersion
     from orchestrator.weights import Publication
 
 _GLANCE_S = 0.5
@@ -146,19 +144,3 @@ class Publisher:
             deadline_s=self._deadline_s,
             knob=_KNOB,
         )
-
-
-def reference_version(kind: str, decay: float, versions: Sequence[PolicyVersion]) -> PolicyVersion:
-    """The identity of the loss reference of the iteration that starts from ``versions[-1]``.
-
-    Args:
-        kind: `ReferenceConfig.kind`.
-        decay: `ReferenceConfig.ema_decay`.
-        versions: all promoted policies so far, the initial model first; an iteration without pairs repeats one.
-    """
-    if kind == "initial":
-        return versions[0]
-    if kind == "previous":
-        return versions[-1]
-    chain = ":".join([f"ema {decay!r}", *dict.fromkeys(version.digest for version in versions)])
-    return PolicyVersion(number=versions[-1].number, digest=xxhash.xxh3_64_hexdigest(chain.encode()))

@@ -10,6 +10,7 @@ A checkpoint is written while the next segment is trained on.
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,9 @@ class Training:
         self._store = store
         self._tracker = tracker
         self._emit = emit
+        # Those that queue and learner may still have. Where the owner of an object lets go of it before others that got
+        # it one from another, Ray keeps a little memory of it for ever.
+        self._handed_out: deque[Any] = deque(maxlen=config.pipeline.queue_capacity + 2)
         asked = config.reference.logprobs
         self._sampled_reference = asked == "sampled" or (asked == "auto" and config.model.dtype == "float32")
 
@@ -163,6 +167,7 @@ class Training:
             )
             self._accounts.issue_batch(iteration, number)
             reference, give_up_at = ray.put(packed), time.monotonic() + deadline_s
+            self._handed_out.append(reference)
             while not self._learning.queue.put(reference, timeout_s=_PUT_SLICE_S):
                 self._show(start, len(batches))
                 if ray.wait([training], timeout=0)[0]:

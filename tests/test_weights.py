@@ -15,8 +15,6 @@ from hypothesis import strategies as st
 from actors.generator import Generator
 from learners.learner import Learner
 from orchestrator.errors import DeadlineError, PublicationError
-from orchestrator.publisher import reference_version
-from orchestrator.types import PolicyVersion
 from orchestrator.weights import Probe, Publication, corrupted, install, pack, unpack, version_of
 from tests.fakes import CountingEngine
 
@@ -158,16 +156,6 @@ def test_a_probe_that_disagrees_is_refused(logprobs):
     engine, published = CountingEngine(), publication(NAMED, logprobs)
     with pytest.raises(PublicationError, match="log-probs of the probe"):
         install(engine, published, published.buckets, holder="generator-0")
-
-
-def test_reference_identity():
-    versions = [PolicyVersion(number=n, digest=f"{n:016x}") for n in range(3)]
-    assert reference_version("initial", 0.9, versions) == versions[0]
-    assert reference_version("previous", 0.9, versions) == versions[2]
-    average = reference_version("ema", 0.9, versions)
-    assert average.number == 2
-    assert average != reference_version("ema", 0.8, versions)
-    assert average != reference_version("ema", 0.9, [versions[1], versions[1], versions[2]])
 
 
 def test_buckets_respect_their_size():
