@@ -54,6 +54,8 @@ class QuietConsole(Tracker):
 class LiveConsole(Tracker):
     """A panel that is redrawn in place, by a thread of its own so that clocks go on."""
 
+    interval_s = 0.5
+
     def __init__(self, console: Console) -> None:
         self._console = console
         self._view = RunView()
@@ -105,6 +107,8 @@ class LiveConsole(Tracker):
 
 class LinesConsole(Tracker):
     """One line a stage, and one an iteration with its figures: for log files and pipes."""
+
+    interval_s = _SILENCE_S
 
     def __init__(self, stream: IO[str] = sys.stdout) -> None:
         self._stream = stream

@@ -6,6 +6,9 @@
     keys that were in work at two deaths --> each alone with a worker
         worker died again          --> that key, in work alone, is to blame: set aside
 
+What is done costs as much as there is of it, whoever else is in the pool: only those slots are looked at whose work has
+changed, and answers that come close together are taken together.
+
 A key is set aside only when it was alone with a worker that died by itself. Where a node was lost or an actor could
 not be reached, nothing is held against the work.
 """
@@ -23,6 +26,7 @@ from ray.exceptions import ActorDiedError, ObjectLostError, OutOfMemoryError, Ra
 
 from orchestrator.errors import ActorLostError, DeadlineError, FailureKind, PoolError
 from orchestrator.events import EventKind
+from orchestrator.pace import Pace
 from orchestrator.remote import DEATHS, last_words, unwrap
 from orchestrator.slots import told
 from orchestrator.waits import check_wanted, waiting
@@ -38,6 +42,8 @@ Work = TypeVar("Work")
 Result = TypeVar("Result")
 
 _TICK_S = 0.5
+_LOOKS = 50
+"""Answers are waited for until one in so many has come: all that are missing are looked at each time."""
 _SUSPECT_DEATHS = 2
 """From so many deaths on, a key is given to a worker alone."""
 
@@ -94,7 +100,13 @@ class Dispatch(Generic[Work, Result]):
         self._what, self._deadline_s, self._knob = what, deadline_s, knob
         self._end = time.monotonic() + deadline_s
         self._results: list[Any] = [None] * len(work)
-        self._queues: dict[str, deque[_Share]] = {slot.name: deque() for slot in pool.slots}
+        self._queues: dict[str, deque[_Share]] = {}
+        """What waits for a slot, by its name; none of them is empty."""
+        self._idle: dict[str, Slot] = {}
+        """Slots that have something waiting and have not been looked at since they may have nothing in work."""
+        self._busy: set[str] = set()
+        self._looks = Pace()
+        """At all that is in work."""
         self._pending: dict[Any, tuple[Slot, Any, _Share]] = {}
         """By reference of the answer: where the share is in work, and by which actor of the slot."""
         self._deaths: Counter[str] = Counter()
@@ -102,20 +114,23 @@ class Dispatch(Generic[Work, Result]):
         """The suspects of each death that the restart budget has paid for."""
         self._poisoned: dict[str, Poisoned] = {}
 
-    def run(self, on_tick: Callable[[], None] | None) -> list[Result | Poisoned]:
+    def run(self, on_tick: Callable[[], None] | None, tick_s: float) -> list[Result | Poisoned]:
         """Works until every item has its result."""
         self._spread(range(len(self._work)))
-        with waiting(what=self._what, knob=self._knob, deadline_s=self._deadline_s, refs=self._pending) as wait:
+        ticks = Pace(tick_s)
+        with waiting(what=self._what, knob=self._knob, deadline_s=self._deadline_s, refs=self._pending):
             while self._dispatch():
-                wait.refs = list(self._pending)
                 check_wanted()
                 left = self._end - time.monotonic()
                 if left <= 0:
                     self._give_up()
-                if self._pending and ray.wait(list(self._pending), timeout=min(left, _TICK_S))[0]:
+                if pending := list(self._pending):
+                    enough = max(1, len(pending) // _LOOKS)
+                    ray.wait(pending, num_returns=enough, timeout=min(left, max(_TICK_S, self._looks.left_s)))
                     self._collect()
-                if on_tick is not None:
-                    on_tick()
+                if on_tick is not None and not ticks.left_s:
+                    with ticks.work():
+                        on_tick()
         return self._results
 
     def _spread(self, positions: Sequence[int]) -> None:
@@ -132,7 +147,15 @@ class Dispatch(Generic[Work, Result]):
             raise PoolError(f"{self._what}: nobody is left in the pool of {self._pool.role}s")
         for index, slot in enumerate(living):
             if part := sorted(chain.from_iterable(dealt[index :: len(living)])):
-                self._queues[slot.name].append(_Share(positions=tuple(part)))
+                self._queue(slot, _Share(positions=tuple(part)))
+
+    def _queue(self, slot: Slot, share: _Share, *, first: bool = False) -> None:
+        queue = self._queues.setdefault(slot.name, deque())
+        if first:
+            queue.appendleft(share)
+        else:
+            queue.append(share)
+        self._idle[slot.name] = slot
 
     def _dispatch(self) -> bool:
         """Gives each idle slot its next share; False when nothing is left to do."""
@@ -143,19 +166,25 @@ class Dispatch(Generic[Work, Result]):
                 self._give_out()
             finally:
                 self._pool.still.release()
-        return bool(self._pending) or any(self._queues.values())
+        return bool(self._pending or self._queues)
 
     def _give_out(self) -> None:
-        busy = {slot.name for slot, _, _ in self._pending.values()}
-        for slot in self._pool.living:
-            queue = self._queues[slot.name]
-            while queue and slot.name not in busy and (actor := slot.actor) is not None:
-                share = queue.popleft()
+        idle, self._idle = self._idle, {}
+        for name, slot in idle.items():
+            while name in self._queues and name not in self._busy:
+                share = self._next_of(name)
                 if positions := self._sound(share.positions):
                     share = _Share(positions=positions, alone=share.alone)
-                    ref = self._call(actor, [self._work[position] for position in positions])
-                    self._pending[ref] = slot, actor, share
-                    break
+                    ref = self._call(slot.actor, [self._work[position] for position in positions])
+                    self._pending[ref] = slot, slot.actor, share
+                    self._busy.add(name)
+
+    def _next_of(self, name: str) -> _Share:
+        queue = self._queues[name]
+        share = queue.popleft()
+        if not queue:
+            del self._queues[name]
+        return share
 
     def _give_up(self) -> None:
         late = ", ".join(sorted(str(slot) for slot, _, _ in self._pending.values()))
@@ -174,8 +203,8 @@ class Dispatch(Generic[Work, Result]):
             for death in lost:
                 if death.share.alone and death.suspects - self._poisoned.keys():
                     self._quarantine(death)
-            for death in lost:
-                self._pool.revive(death.slot, death.actor, death.error, self._end - time.monotonic())
+            died = [(death.slot, death.actor, death.error) for death in lost]
+            self._pool.revive_all(died, self._end - time.monotonic())
             dead += lost
         self._requeue(dead)
 
@@ -183,9 +212,14 @@ class Dispatch(Generic[Work, Result]):
         """Keeps the results that are there; returns who died instead."""
         if not self._pending:
             return []
+        with self._looks.work():
+            ready = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=0)[0]
         lost = []
-        for ref in ray.wait(list(self._pending), num_returns=len(self._pending), timeout=0)[0]:
+        for ref in ready:
             slot, actor, share = self._pending.pop(ref)
+            self._busy.discard(slot.name)
+            if slot.name in self._queues:
+                self._idle[slot.name] = slot
             try:
                 results = ray.get(ref)
             except RayTaskError as error:
@@ -198,7 +232,7 @@ class Dispatch(Generic[Work, Result]):
                 lost.append(self._bury(slot, actor, share, words, by_itself=by_itself))
             except ObjectLostError:
                 # The results lay on a node that died after they were made: nothing is wrong with the work.
-                self._queues[slot.name].appendleft(share)
+                self._queue(slot, share, first=True)
             else:
                 for position, result in zip(share.positions, results, strict=True):
                     self._results[position] = result
@@ -241,24 +275,22 @@ class Dispatch(Generic[Work, Result]):
                 else:
                     rest.append(position)
             if rest:
-                self._queues[death.slot.name].appendleft(_Share(positions=tuple(rest)))
+                self._queue(death.slot, _Share(positions=tuple(rest)), first=True)
         living = self._pool.living
         for index, positions in enumerate(alone.values()):
-            queue = self._queues[living[index % len(living)].name]
-            queue.append(_Share(positions=tuple(sorted(positions)), alone=True))
+            share = _Share(positions=tuple(sorted(positions)), alone=True)
+            self._queue(living[index % len(living)], share)
 
     def _leave_vacant(self) -> None:
         """Gives the work of vacant slots to the others; another thread may have found that nobody works there."""
-        for slot in self._pool.slots:
-            if slot.actor is None and self._queues[slot.name]:
-                queue, self._queues[slot.name] = self._queues[slot.name], deque()
-                for share in queue:
-                    self._move(share)
+        for slot in self._pool.vacant:
+            for share in self._queues.pop(slot.name, ()):
+                self._move(share)
 
     def _move(self, share: _Share) -> None:
         """Gives a share of a vacant slot to the others."""
         if share.alone:
-            self._queues[self._pool.living[0].name].append(share)
+            self._queue(self._pool.living[0], share)
         else:
             self._spread(share.positions)
 

@@ -28,7 +28,7 @@ from orchestrator.slots import Slot, told
 from orchestrator.waits import Peer, forget, introduce
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from orchestrator.dispatch import Poisoned
     from orchestrator.events import Emit
@@ -76,6 +76,7 @@ class ActorPool(Generic[Work, Result]):
         self._emit = emit
         self.still = RLock()
         """Held by a thread while nobody may be replaced by another one."""
+        self._vacant: dict[int, Slot] = {}
         self.slots = [Slot(role=role, index=index) for index in range(num_actors)]
         for slot in self.slots:
             self._fill(slot)
@@ -84,6 +85,11 @@ class ActorPool(Generic[Work, Result]):
     def living(self) -> list[Slot]:
         """The slots that are not vacant."""
         return [slot for slot in self.slots if slot.actor is not None]
+
+    @property
+    def vacant(self) -> list[Slot]:
+        """The slots in which nobody works now."""
+        return list(self._vacant.values())
 
     @property
     def actors(self) -> list[Any]:
@@ -149,6 +155,7 @@ class ActorPool(Generic[Work, Result]):
         deadline_s: float,
         knob: str,
         on_tick: Callable[[], None] | None = None,
+        tick_s: float = 0.5,
         keys: Sequence[str] | None = None,
     ) -> list[Result | Poisoned]:
         """Splits `work` over the actors, and returns one result for each item, in order.
@@ -159,7 +166,8 @@ class ActorPool(Generic[Work, Result]):
             what: what is done, for messages.
             deadline_s: seconds for all of it.
             knob: the configuration key that sets the deadline.
-            on_tick: called about twice a second while waiting.
+            on_tick: called about every `tick_s` seconds while waiting, less often where it takes long.
+            tick_s: seconds.
             keys: of the items, those of one key go to one actor, and live or die together: where a key's items kill
                 their worker again and again, each of them gives `Poisoned` in place of a result. None: nothing is ever
                 set aside.
@@ -173,7 +181,7 @@ class ActorPool(Generic[Work, Result]):
         dispatch: Dispatch[Work, Result] = Dispatch(
             self, call, work, what=what, deadline_s=deadline_s, knob=knob, keys=keys, emit=self._emit
         )
-        return dispatch.run(on_tick)
+        return dispatch.run(on_tick, tick_s)
 
     def report_lost(self, slot: Slot, actor: Any, error: Exception, doing: str) -> None:
         """Says once that an actor is dead, and sees to it that it is: one that only cannot be reached is killed."""
@@ -206,40 +214,53 @@ class ActorPool(Generic[Work, Result]):
             PoolError: the restart budget is used up, or no other slot is left.
             WeightsLostError: no other slot is left, and there is nothing to bring the new actor up to date with.
         """
-        with self.still:
-            return slot.actor is not None if slot.actor is not dead else self._revive(slot, error, left_s)
+        self.revive_all([(slot, dead, error)], left_s)
+        return slot.actor is not None
 
-    def _revive(self, slot: Slot, error: Exception, left_s: float) -> bool:
+    def revive_all(self, lost: Iterable[tuple[Slot, Any, Exception]], left_s: float) -> None:
+        """Like `revive`, of several that died: their successors start at the same time."""
+        with self.still:
+            started = [(slot, error) for slot, dead, error in lost if slot.actor is dead]
+            for slot, error in started:
+                self._refill(slot, error)
+            for slot, _ in started:
+                self._see_up(slot, left_s)
+
+    def _refill(self, slot: Slot, error: Exception) -> None:
+        if self.restarts_left == 0:
+            raise PoolError(
+                f"{slot.name} died and the restart budget ({self._section}.restarts) is used up. Last words: {error}"
+            ) from error
+        self.restarts_left -= 1
+        self._fill(slot)
+
+    def _see_up(self, slot: Slot, left_s: float) -> None:
+        """Waits until a new actor works, or its slot is vacant; one that dies on the way is started again."""
         start, limit_s = time.monotonic(), max(_GLANCE_S, min(self._start_deadline_s, left_s))
         while True:
-            if self.restarts_left == 0:
-                raise PoolError(
-                    f"{slot.name} died and the restart budget ({self._section}.restarts) is used up. Last words:"
-                    f" {error}"
-                ) from error
-            self.restarts_left -= 1
-            self._fill(slot)
             try:
                 self._await_start(slot, limit_s)
             except ActorLostError as again:
-                error = again
-                self.report_lost(slot, slot.actor, error, "start")
+                self.report_lost(slot, slot.actor, again, "start")
+                self._refill(slot, again)
             except (DeadlineError, WeightsLostError) as late:
                 self._vacate(slot, late)
-                return False
+                return
             else:
                 self._tell_replaced(slot, start)
-                return True
+                return
 
     def fill_vacant(self, left_s: float) -> None:
         """Takes back the vacant slots whose new actor is up by now; one that died on the way is started again."""
         with self.still:
-            for slot in self.slots:
-                if slot.actor is None and ray.wait([slot.candidate.ready.remote()], timeout=_GLANCE_S)[0]:
-                    self._take_back(slot, left_s)
+            asked = {slot.candidate.ready.remote(): slot for slot in self._vacant.values()}
+            answered = ray.wait(list(asked), num_returns=len(asked), timeout=_GLANCE_S)[0] if asked else []
+            for ref in answered:
+                self._take_back(asked[ref], left_s)
 
     def _take_back(self, slot: Slot, left_s: float) -> None:
         start, slot.actor = time.monotonic(), slot.candidate
+        del self._vacant[slot.index]
         try:
             self._await_start(slot, min(self._start_deadline_s, left_s))
         except ActorLostError as error:
@@ -265,6 +286,7 @@ class ActorPool(Generic[Work, Result]):
 
     def _vacate(self, slot: Slot, late: DeadlineError | WeightsLostError) -> None:
         slot.candidate, slot.actor = slot.actor, None
+        self._vacant[slot.index] = slot
         if not self.living:
             if isinstance(late, WeightsLostError):
                 raise late

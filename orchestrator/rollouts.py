@@ -161,6 +161,7 @@ class Rollouts:
             deadline_s=config.deadline_s,
             knob="generator.deadline_s",
             on_tick=show,
+            tick_s=self._tracker.interval_s,
             keys=[prompt_ids[index] for index in asked],
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -39,6 +40,9 @@ class RunInfo:
 class Tracker:
     """Told what happens, from one thread. What a tracker does not override does nothing."""
 
+    interval_s: float = math.inf
+    """How often `progress` is of use to it, seconds."""
+
     def start(self, run: RunInfo) -> None:
         """The run starts, or goes on."""
 
@@ -69,6 +73,7 @@ class Trackers(Tracker):
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self._trackers = tuple(trackers)
+        self.interval_s = min((tracker.interval_s for tracker in self._trackers), default=math.inf)
 
     def start(self, run: RunInfo) -> None:
         """Starts all of them."""
