@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 SCRIPTS = (
-    *("queue_bandwidth", "publication", "generation", "overlap", "growth"),
+    *("queue_bandwidth", "publication", "generation", "overlap", "growth", "search"),
     *("learner_vs_trl", "logprob_memory", "learner_throughput"),
 )
 

@@ -27,6 +27,7 @@ from orchestrator.searching import TreeCollector, depth_penalty
 from orchestrator.store import Store, read_pairs, read_rollouts
 from orchestrator.tally import Tally
 from orchestrator.tasks.addition import AdditionTask
+from orchestrator.tracking import Tracker
 from orchestrator.types import Completion, FinishReason, Prompt, Score, ScoredGroup
 from orchestrator.waves import Wave
 from tests.judges import ScriptedModel
@@ -45,13 +46,6 @@ class Pool:
     def map(self, call, work, **_):
         self.asked += work
         return call(self.actors[0], list(work))
-
-
-class Quiet:
-    """A tracker that shows nothing."""
-
-    def progress(self, *_):
-        pass
 
 
 def adding(mistakes=0.3):
@@ -125,7 +119,7 @@ class Checking:
 def rollouts_of(config, **methods):
     pool = Pool(generated=lambda: (0, 0), **methods)
     roles = Roles(generators=pool, scorers={}, judges=None, learner=None)
-    return Rollouts(roles, config, Quiet(), quarantined={}), roles
+    return Rollouts(roles, config, Tracker(), quarantined={}), roles
 
 
 def wave_of(prompts):

@@ -17,6 +17,7 @@ from orchestrator.rollouts import Draw, Roles, Rollouts, make_requests, sampling
 from orchestrator.scoring import PooledTextModel
 from orchestrator.store import Store, read_rollouts
 from orchestrator.tally import Tally
+from orchestrator.tracking import Tracker
 from orchestrator.types import Completion, FinishReason, Prompt, Score, ScoredGroup
 from tests.fakes import POISON, DyingEngine
 from tests.records import V1
@@ -27,11 +28,6 @@ class Fragile(Generator):
         self.name = name
         self._loop = EngineLoop(DyingEngine())
         self._loop.hold(V1)
-
-
-class Quiet:
-    def progress(self, *_):
-        pass
 
 
 CONFIG = compose([])
@@ -56,7 +52,7 @@ def rollouts(ray_cluster):
     pool.wait_ready()
     roles = Roles(generators=pool, scorers={}, judges=None, learner=None)
     quarantined = {}
-    return Rollouts(roles, CONFIG, Quiet(), quarantined=quarantined), pool, events, quarantined
+    return Rollouts(roles, CONFIG, Tracker(), quarantined=quarantined), pool, events, quarantined
 
 
 def test_a_prompt_that_kills_its_engine_is_set_aside_and_not_asked_again(rollouts):
@@ -132,7 +128,7 @@ class Strict:
 
 def test_what_was_set_aside_counts_as_not_solved_and_is_kept_with_the_reason(tmp_path):
     roles = Roles(generators=Pool(), scorers={}, judges=None, learner=None)
-    rollouts = Rollouts(roles, CONFIG, Quiet(), quarantined={})
+    rollouts = Rollouts(roles, CONFIG, Tracker(), quarantined={})
     examiner = Strict()
     found = evaluate(rollouts, examiner, prompts(poisoned=5), CONFIG, 1)
     assert examiner.reports == 1, "else what it says here would be told of the training data"
