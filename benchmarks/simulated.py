@@ -168,10 +168,21 @@ class World:
 
 
 class Generator:
-    """Answers as an actor's handle does, when its completions would be there; dies now and then."""
+    """Answers as an actor's handle does, when its completions would be there; dies now and then.
 
-    def __init__(self, world: World, index: int) -> None:
+    Args:
+        world: its clock.
+        index: its slot's.
+        slowness: times as long as others take.
+    """
+
+    def __init__(self, world: World, index: int, slowness: float = 1.0) -> None:
+        self.asked = 0
+        """Items of all calls."""
+        self.given_up = 0
+        """Items that it was told nobody waits for any more."""
         self._world = world
+        self._slowness = slowness
         self._dead = False
         self._owed: set[Ref] = set()
         self._actor_id = SimpleNamespace(hex=lambda: f"{id(self):x}")
@@ -181,6 +192,7 @@ class Generator:
         self.where = self._method(lambda: max(0.0, self._up_at - world.now()), lambda: where)
         self.generated = self._method(lambda: 0.0, lambda: (0, 0))
         self.generate = self._method(self._takes, self._complete)
+        self.abort = self._method(self._abort, lambda _: None)
         world.after(float(world.random.exponential(world.speeds.life_s)), self.end)
 
     def end(self) -> None:
@@ -211,7 +223,12 @@ class Generator:
     def _takes(self, requests: Sequence[GenerationRequest]) -> float:
         speeds = self._world.speeds
         lengths = speeds.tokens * np.exp(speeds.spread * self._world.random.standard_normal(len(requests)))
-        return float(min(lengths.max(), speeds.max_tokens)) * speeds.token_s
+        self.asked += len(requests)
+        return float(min(lengths.max(), speeds.max_tokens)) * speeds.token_s * self._slowness
+
+    def _abort(self, requests: Sequence[object]) -> float:
+        self.given_up += len(requests)
+        return 0.0
 
     def _complete(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
         made = Completion(token_ids=(1,), text="", logprobs=(0.0,), finish_reason=FinishReason.EOS, policy=_VERSION)

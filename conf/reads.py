@@ -203,7 +203,7 @@ RULES = [
         "another judge, to be measured",
     ),
     Rule(
-        "pipeline.max_staleness loss.importance_clip",
+        "pipeline.max_staleness pipeline.over_issue loss.importance_clip",
         "pipeline.mode",
         lambda c: c.pipeline.mode == "async",
         "pipeline.mode=async",

@@ -416,6 +416,13 @@ class PipelineConfig:
     max_staleness: int = knob(
         1, "async: updates that the weights which sample a pair may be behind the learner's; 0: as sync", low=0
     )
+    over_issue: float = knob(
+        0.05,
+        "async: share of a wave's completions that idle generators may be asked for as well, where the generator that "
+        "has them takes twice as long as most; what comes first counts; 0: none",
+        low=0,
+        high=1,
+    )
     iterations: int = knob(3, "collect, train, publish, evaluate, promote: so many times", low=1)
     prompts_per_iteration: int = knob(128, "prompts of one iteration", low=1)
     queue_capacity: int = knob(4, "batches the queue holds before producers wait", low=1)

@@ -5,6 +5,7 @@
         its slot is vacant         --> split over the slots that live
     keys that were in work at two deaths --> each alone with a worker
         worker died again          --> that key, in work alone, is to blame: set aside
+    much slower than the others    --> idle workers are asked as well; what comes first counts (`speculation.py`)
 
 What is done costs as much as there is of it, whoever else is in the pool: only those slots are looked at whose work has
 changed, and answers that come close together are taken together.
@@ -29,6 +30,7 @@ from orchestrator.events import EventKind
 from orchestrator.pace import Pace
 from orchestrator.remote import DEATHS, last_words, unwrap
 from orchestrator.slots import told
+from orchestrator.speculation import Given, Share, Stragglers
 from orchestrator.waits import check_wanted, waiting
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from orchestrator.events import Emit
     from orchestrator.pools import ActorPool
     from orchestrator.slots import Slot
+    from orchestrator.speculation import Speculation
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")
@@ -63,19 +66,12 @@ class Poisoned:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Share:
-    positions: tuple[int, ...]
-    alone: bool = False
-    """Whether it is all items of one key, given to a worker that has nothing else."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class _Lost:
     """A worker that died, and what it had."""
 
     slot: Slot
     actor: Any
-    share: _Share
+    share: Share
     error: ActorLostError
     suspects: frozenset[str]
     """Keys that may have killed it; none where it died of something else."""
@@ -94,21 +90,26 @@ class Dispatch(Generic[Work, Result]):
         deadline_s: float,
         knob: str,
         keys: Sequence[str] | None,
+        speculation: Speculation[Work] | None,
         emit: Emit,
     ) -> None:
         self._pool, self._call, self._work, self._keys, self._emit = pool, call, work, keys, emit
         self._what, self._deadline_s, self._knob = what, deadline_s, knob
         self._end = time.monotonic() + deadline_s
         self._results: list[Any] = [None] * len(work)
-        self._queues: dict[str, deque[_Share]] = {}
+        self._queues: dict[str, deque[Share]] = {}
         """What waits for a slot, by its name; none of them is empty."""
         self._idle: dict[str, Slot] = {}
         """Slots that have something waiting and have not been looked at since they may have nothing in work."""
         self._busy: set[str] = set()
         self._looks = Pace()
         """At all that is in work."""
-        self._pending: dict[Any, tuple[Slot, Any, _Share]] = {}
-        """By reference of the answer: where the share is in work, and by which actor of the slot."""
+        self._pending: dict[Any, Given] = {}
+        """By reference of the answer."""
+        self._speculation = speculation
+        self._stragglers = Stragglers(speculation.share if speculation else 0.0, len(work))
+        self._twice: set[Any] = set()
+        """References of shares whose items others are asked for as well."""
         self._deaths: Counter[str] = Counter()
         self._charged: list[frozenset[str]] = []
         """The suspects of each death that the restart budget has paid for."""
@@ -139,17 +140,22 @@ class Dispatch(Generic[Work, Result]):
         Items of one key go to one worker. What they share is then computed once there, and one that kills its worker
         kills no other.
         """
+        living = self._pool.living
+        if positions and not living:
+            raise PoolError(f"{self._what}: nobody is left in the pool of {self._pool.role}s")
+        for slot, part in zip(living, self._deal(positions, len(living)), strict=True):
+            if part:
+                self._queue(slot, Share(positions=part))
+
+    def _deal(self, positions: Sequence[int], hands: int) -> list[tuple[int, ...]]:
+        """Items in so many parts; those of one key stay together."""
         units: dict[Any, list[int]] = {}
         for position in positions:
             units.setdefault(position if self._keys is None else self._keys[position], []).append(position)
-        dealt, living = list(units.values()), self._pool.living
-        if dealt and not living:
-            raise PoolError(f"{self._what}: nobody is left in the pool of {self._pool.role}s")
-        for index, slot in enumerate(living):
-            if part := sorted(chain.from_iterable(dealt[index :: len(living)])):
-                self._queue(slot, _Share(positions=tuple(part)))
+        dealt = list(units.values())
+        return [tuple(sorted(chain.from_iterable(dealt[index::hands]))) for index in range(hands)]
 
-    def _queue(self, slot: Slot, share: _Share, *, first: bool = False) -> None:
+    def _queue(self, slot: Slot, share: Share, *, first: bool = False) -> None:
         queue = self._queues.setdefault(slot.name, deque())
         if first:
             queue.appendleft(share)
@@ -164,6 +170,7 @@ class Dispatch(Generic[Work, Result]):
             try:
                 self._leave_vacant()
                 self._give_out()
+                self._give_out_again()
             finally:
                 self._pool.still.release()
         return bool(self._pending or self._queues)
@@ -173,13 +180,42 @@ class Dispatch(Generic[Work, Result]):
         for name, slot in idle.items():
             while name in self._queues and name not in self._busy:
                 share = self._next_of(name)
-                if positions := self._sound(share.positions):
-                    share = _Share(positions=positions, alone=share.alone)
-                    ref = self._call(slot.actor, [self._work[position] for position in positions])
-                    self._pending[ref] = slot, slot.actor, share
-                    self._busy.add(name)
+                if positions := self._open(share.positions):
+                    self._give(slot, Share(positions=positions, alone=share.alone))
 
-    def _next_of(self, name: str) -> _Share:
+    def _give(self, slot: Slot, share: Share) -> Any:
+        ref = self._call(slot.actor, self._items(share))
+        self._pending[ref] = Given(slot=slot, actor=slot.actor, share=share, since=time.monotonic())
+        self._busy.add(slot.name)
+        return ref
+
+    def _items(self, share: Share) -> list[Work]:
+        return [self._work[position] for position in share.positions]
+
+    def _give_out_again(self) -> None:
+        """Asks idle workers for what is late."""
+        idle = [slot for slot in self._pool.living if slot.name not in self._busy] if self._may_copy() else []
+        late = self._stragglers.late(self._pending, time.monotonic(), most=len(idle)) if idle else []
+        for number, ref in enumerate(late):
+            self._copy(ref, idle[number :: len(late)])
+
+    def _may_copy(self) -> bool:
+        return self._speculation is not None and bool(self._pending) and not self._queues
+
+    def _copy(self, ref: Any, idle: Sequence[Slot]) -> None:
+        """Gives what a late worker has to others as well, key by key."""
+        given = self._pending[ref]
+        asked = [
+            (slot, part) for slot, part in zip(idle, self._deal(given.share.positions, len(idle)), strict=True) if part
+        ]
+        self._twice.add(ref)
+        for slot, part in asked:
+            self._twice.add(self._give(slot, Share(positions=part, is_copy=True)))
+        others = ", ".join(slot.name for slot, _ in asked)
+        text = f"{given.slot} takes more than twice as long as most: {others} has been asked for its work as well"
+        self._emit(told(given.slot, EventKind.MOVED, text))
+
+    def _next_of(self, name: str) -> Share:
         queue = self._queues[name]
         share = queue.popleft()
         if not queue:
@@ -187,7 +223,7 @@ class Dispatch(Generic[Work, Result]):
         return share
 
     def _give_up(self) -> None:
-        late = ", ".join(sorted(str(slot) for slot, _, _ in self._pending.values()))
+        late = ", ".join(sorted(str(given.slot) for given in self._pending.values()))
         raise DeadlineError(
             f"{self._what}: {late} did not answer within {self._deadline_s:g} s. Raise {self._knob}, or ask for less."
         )
@@ -216,30 +252,47 @@ class Dispatch(Generic[Work, Result]):
             ready = ray.wait(list(self._pending), num_returns=len(self._pending), timeout=0)[0]
         lost = []
         for ref in ready:
-            slot, actor, share = self._pending.pop(ref)
-            self._busy.discard(slot.name)
-            if slot.name in self._queues:
-                self._idle[slot.name] = slot
+            given = self._take_off(ref)
             try:
                 results = ray.get(ref)
             except RayTaskError as error:
                 if not isinstance(cause := unwrap(error, self._what), ActorLostError):
                     raise cause from None
-                lost.append(self._bury(slot, actor, share, cause, by_itself=True))
+                lost.append(self._bury(given, cause, by_itself=True))
             except DEATHS as error:
                 words = ActorLostError(last_words(error))
                 by_itself = isinstance(error, ActorDiedError | OutOfMemoryError)
-                lost.append(self._bury(slot, actor, share, words, by_itself=by_itself))
+                lost.append(self._bury(given, words, by_itself=by_itself))
             except ObjectLostError:
                 # The results lay on a node that died after they were made: nothing is wrong with the work.
-                self._queue(slot, share, first=True)
+                if not given.share.is_copy:
+                    self._queue(given.slot, given.share, first=True)
             else:
-                for position, result in zip(share.positions, results, strict=True):
-                    self._results[position] = result
+                self._stragglers.note(time.monotonic() - given.since)
+                for position, result in zip(given.share.positions, results, strict=True):
+                    if self._results[position] is None:
+                        self._results[position] = result
+        self._abandon_answered()
         return lost
 
-    def _bury(self, slot: Slot, actor: Any, share: _Share, words: ActorLostError, *, by_itself: bool) -> _Lost:
+    def _take_off(self, ref: Any) -> Given:
+        given = self._pending.pop(ref)
+        self._twice.discard(ref)
+        self._busy.discard(given.slot.name)
+        if given.slot.name in self._queues:
+            self._idle[given.slot.name] = given.slot
+        return given
+
+    def _abandon_answered(self) -> None:
+        """Nobody waits for shares whose items others have answered."""
+        for ref in list(self._twice):
+            share = self._pending[ref].share
+            if self._speculation and all(self._results[position] is not None for position in share.positions):
+                self._speculation.abandon(self._take_off(ref).actor, self._items(share))
+
+    def _bury(self, given: Given, words: ActorLostError, *, by_itself: bool) -> _Lost:
         """Reports a death and keeps what it says of the keys that were in work."""
+        slot, actor, share = given.slot, given.actor, given.share
         suspects = frozenset[str]()
         self._pool.report_lost(slot, actor, words, self._what)
         if self._keys is not None and by_itself and _node_lives(slot):
@@ -269,16 +322,16 @@ class Dispatch(Generic[Work, Result]):
         alone: dict[str, list[int]] = {}
         for death in lost:
             rest = []
-            for position in self._sound(death.share.positions):
+            for position in self._open(() if death.share.is_copy else death.share.positions):
                 if self._keys is not None and self._deaths[self._keys[position]] >= _SUSPECT_DEATHS:
                     alone.setdefault(self._keys[position], []).append(position)
                 else:
                     rest.append(position)
             if rest:
-                self._queue(death.slot, _Share(positions=tuple(rest)), first=True)
+                self._queue(death.slot, Share(positions=tuple(rest)), first=True)
         living = self._pool.living
         for index, positions in enumerate(alone.values()):
-            share = _Share(positions=tuple(sorted(positions)), alone=True)
+            share = Share(positions=tuple(sorted(positions)), alone=True)
             self._queue(living[index % len(living)], share)
 
     def _leave_vacant(self) -> None:
@@ -287,21 +340,19 @@ class Dispatch(Generic[Work, Result]):
             for share in self._queues.pop(slot.name, ()):
                 self._move(share)
 
-    def _move(self, share: _Share) -> None:
+    def _move(self, share: Share) -> None:
         """Gives a share of a vacant slot to the others."""
         if share.alone:
             self._queue(self._pool.living[0], share)
         else:
             self._spread(share.positions)
 
-    def _sound(self, positions: Iterable[int]) -> tuple[int, ...]:
-        """The items that are not set aside; those that are get their word in place of a result."""
-        if self._keys is None:
-            return tuple(positions)
+    def _open(self, positions: Iterable[int]) -> tuple[int, ...]:
+        """The items that have no result yet; those that are set aside get their word in place of one."""
         for position in positions:
-            if found := self._poisoned.get(self._keys[position]):
+            if self._keys is not None and (found := self._poisoned.get(self._keys[position])):
                 self._results[position] = found
-        return tuple(position for position in positions if self._keys[position] not in self._poisoned)
+        return tuple(position for position in positions if self._results[position] is None)
 
 
 def _node_lives(slot: Slot) -> bool:

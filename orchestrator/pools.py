@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from orchestrator.dispatch import Poisoned
     from orchestrator.events import Emit
+    from orchestrator.speculation import Speculation
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")
@@ -157,6 +158,7 @@ class ActorPool(Generic[Work, Result]):
         on_tick: Callable[[], None] | None = None,
         tick_s: float = 0.5,
         keys: Sequence[str] | None = None,
+        speculation: Speculation[Work] | None = None,
     ) -> list[Result | Poisoned]:
         """Splits `work` over the actors, and returns one result for each item, in order.
 
@@ -171,6 +173,7 @@ class ActorPool(Generic[Work, Result]):
             keys: of the items, those of one key go to one actor, and live or die together: where a key's items kill
                 their worker again and again, each of them gives `Poisoned` in place of a result. None: nothing is ever
                 set aside.
+            speculation: whether idle actors are asked as well where one takes much longer than the others.
 
         Raises:
             DeadlineError: naming the actors that still owe results.
@@ -179,7 +182,15 @@ class ActorPool(Generic[Work, Result]):
         """
         self.fill_vacant(deadline_s)
         dispatch: Dispatch[Work, Result] = Dispatch(
-            self, call, work, what=what, deadline_s=deadline_s, knob=knob, keys=keys, emit=self._emit
+            self,
+            call,
+            work,
+            what=what,
+            deadline_s=deadline_s,
+            knob=knob,
+            keys=keys,
+            speculation=speculation,
+            emit=self._emit,
         )
         return dispatch.run(on_tick, tick_s)
 

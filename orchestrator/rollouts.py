@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 import ray
 
+from conf.pipeline import grows_old
 from orchestrator.dispatch import Poisoned
 from orchestrator.remote import DEATHS
 from orchestrator.seeds import derive_seed
+from orchestrator.speculation import Speculation
 from orchestrator.types import Completion, FinishReason, GenerationRequest, RolloutGroup, SamplingParams, ScoredGroup
 
 if TYPE_CHECKING:
@@ -108,6 +110,15 @@ class Rollouts:
         self._config = config
         self._tracker = tracker
         self._quarantined = quarantined
+        # Log-probs depend in their last bits on what is computed together: only where time decides about that anyway.
+        self._speculation: Speculation[GenerationRequest] | None = (
+            Speculation(
+                share=config.pipeline.over_issue,
+                abandon=lambda actor, share: actor.abort.remote([request.id for request in share]),
+            )
+            if grows_old(config)
+            else None
+        )
 
     def sample(self, prompts: Sequence[Prompt], draws: Sequence[Draw]) -> list[list[RolloutGroup]]:
         """Completes all prompts for each draw, all in one wave; one list of groups a draw."""
@@ -163,6 +174,7 @@ class Rollouts:
             on_tick=show,
             tick_s=self._tracker.interval_s,
             keys=[prompt_ids[index] for index in asked],
+            speculation=self._speculation,
         )
 
     def _version(self) -> PolicyVersion:

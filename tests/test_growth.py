@@ -8,6 +8,7 @@ from benchmarks.simulated import Generator, Speeds, World, simulated
 from orchestrator import pace
 from orchestrator.events import EventKind
 from orchestrator.pools import ActorPool
+from orchestrator.speculation import Speculation
 
 EQUAL = Speeds(spread=0.0, tokens=250.0, token_s=0.02, start_s=30.0, life_s=1e12)
 """Each share takes 5 s."""
@@ -18,14 +19,14 @@ def start():
     """Starts a world with so many generators."""
     entered = []
 
-    def make(size, speeds=EQUAL):
+    def make(size, speeds=EQUAL, slow=None):
         world, events = World(speeds), []
         context = simulated(world)
         context.__enter__()
         entered.append(context)
         pool = ActorPool(
             role="generator",
-            make=lambda index: Generator(world, index),
+            make=lambda index: Generator(world, index, **(slow or {}).get(index, {})),
             num_actors=size,
             restarts=size,
             start_deadline_s=600.0,
@@ -39,7 +40,7 @@ def start():
         context.__exit__(None, None, None)
 
 
-def ask(pool, work):
+def ask(pool, work, **options):
     return pool.map(
         lambda actor, share: actor.generate.remote(share),
         work,
@@ -47,6 +48,7 @@ def ask(pool, work):
         deadline_s=10_000.0,
         knob="generator.deadline_s",
         keys=[str(item) for item in work],
+        **options,
     )
 
 
@@ -76,6 +78,49 @@ def test_a_whole_life_of_deaths_loses_no_work(start):
     assert EventKind.REPLACED in {event.kind for event in events}
     assert EventKind.QUARANTINED not in {event.kind for event in events}
     assert world.now() > 100.0
+
+
+def speculation(share):
+    return Speculation(share=share, abandon=lambda actor, items: actor.abort.remote(items))
+
+
+@pytest.mark.parametrize(
+    ("share", "slow", "seconds", "again"),
+    [
+        (0.0, [7], 100.0, 0),
+        (0.1, [7], 15.0, 2),
+        (0.1, [7, 8, 9], 100.0, 4),  # a tenth of 40 items: two of three slow shares of two
+    ],
+)
+def test_idle_workers_are_asked_for_what_takes_long_within_the_bound(start, share, slow, seconds, again):
+    """Shares of two items take 5 s; a slow worker takes 100 s."""
+    world, pool, events = start(20, slow={index: {"slowness": 20.0} for index in slow})
+    began = world.now()
+    found = ask(pool, list(range(40)), speculation=speculation(share))
+    assert len(found) == 40
+    assert None not in found
+    assert seconds <= world.now() - began < seconds + 5.0
+    assert sum(actor.asked for actor in pool.actors) == 40 + again
+    assert sum(actor.given_up for actor in pool.actors) == again  # of each that was asked twice, one is given up
+    assert [event.kind for event in events] == [EventKind.MOVED] * (again // 2)
+
+
+def test_a_copy_that_dies_is_not_asked_for_again(start):
+    world, pool, _ = start(20, slow={7: {"slowness": 20.0}})
+    for slot in pool.slots[:2]:
+        world.after(12.0, slot.actor.end)  # they have the copies
+    before = pool.actors
+    assert None not in ask(pool, list(range(40)), speculation=speculation(0.1))
+    assert [actor.asked for actor in before] == [3, 3] + [2] * 18
+    assert [actor.asked for actor in pool.actors] == [0, 0] + [2] * 18
+
+
+def test_what_others_answered_is_not_asked_for_again_when_its_own_worker_dies(start):
+    world, pool, _ = start(20, slow={7: {"slowness": 20.0}})
+    world.after(12.0, pool.slots[7].actor.end)
+    assert None not in ask(pool, list(range(40)), speculation=speculation(0.1))
+    assert pool.slots[7].actor.asked == 0
+    assert sum(actor.asked for actor in pool.actors) == 40
 
 
 def test_what_takes_long_is_done_seldom(monkeypatch):

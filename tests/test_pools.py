@@ -12,6 +12,7 @@ from orchestrator.dispatch import Poisoned
 from orchestrator.errors import ConfigError, DeadlineError, PoolError, WeightsLostError
 from orchestrator.events import EventKind
 from orchestrator.pools import ActorPool
+from orchestrator.speculation import Speculation
 from orchestrator.stacks import Observable
 
 
@@ -39,7 +40,7 @@ class Worker(Observable):
                 os._exit(1)
             if number == 13:
                 raise ConfigError("thirteen is refused")
-            if number == 99:
+            if number == 99 or (number == 77 and self.index == 0):
                 time.sleep(60)
         return [(number * number, self.version) for number in numbers]
 
@@ -72,14 +73,14 @@ def pool(ray_cluster, tmp_path):
     return pool
 
 
-def work(pool, numbers, deadline_s=30, keys=None):
+def work(pool, numbers, deadline_s=30, **options):
     return pool.map(
         lambda actor, share: actor.work.remote(share),
         numbers,
         what="squaring",
         deadline_s=deadline_s,
         knob="pool.knob",
-        keys=keys,
+        **options,
     )
 
 
@@ -314,3 +315,14 @@ def test_where_nobody_is_left_but_those_that_nothing_brings_up_to_date_it_is_sai
     pool.on_start = bring_up_to_date
     with pytest.raises(WeightsLostError, match="weights v3 are lost"):
         work(pool, [1, -2])
+
+
+def test_idle_actors_are_asked_for_what_takes_much_longer_and_the_late_one_is_told(ray_cluster, tmp_path):
+    pool, events = make_pool(tmp_path, 4)
+    given_up = []
+    speculation = Speculation(share=0.5, abandon=lambda actor, items: given_up.append((actor, items)))
+    numbers = [77, 1, 2, 3, 5, 6, 7, 8]
+    assert work(pool, numbers, deadline_s=50, speculation=speculation) == squares(numbers)
+    assert kinds(events) == ["moved"]
+    assert "worker-0" in events[0].text
+    assert given_up == [(pool.slots[0].actor, [77, 5])]
