@@ -56,7 +56,13 @@ _MAY_CHANGE = (
     *("run_dir", "pipeline.iterations", "pipeline.keep_checkpoints", "learner.checkpoint_steps"),
     *("generator.restarts", "scorer.restarts", "learner.restarts"),
     # What it takes of the machine: changes no more than the last bits of a log-prob.
-    *("generator.num_actors", "generator.kv_cache_mb", "generator.max_num_seqs", "generator.gpu_memory_utilization"),
+    *(
+        "generator.num_actors",
+        "pipeline.over_issue",
+        "generator.kv_cache_mb",
+        "generator.max_num_seqs",
+        "generator.gpu_memory_utilization",
+    ),
     *("learner.num_threads", "learner.micro_batch_tokens", "learner.vocab_chunk", "learner.activation_checkpointing"),
 )
 _STOPS = (signal.SIGINT, signal.SIGTERM)

@@ -1,0 +1,154 @@
+"""Wall time until the policy is right in 70 % of its samples, against TRL's `OnlineDPOTrainer`.
+
+    python -m benchmarks.time_to_accuracy [--trl .venv-trl/bin/python] [--seeds 0 1 2]
+
+The embedded task (column addition): both begin with the same warm-started Llama of 0.8M parameters and train on the
+same stream of problems with the same verifier, in float32, on all cores. The clock starts with the process: imports,
+actors and engines are included. Weights are put aside as they come, and each is tried afterwards on 1,024 fresh test
+problems, two samples each at temperature 1; between two of them accuracy is taken to be linear.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import AutoTokenizer
+
+from actors.transformers_engine import TransformersEngine
+from benchmarks.report import Comparison, of_medians, report
+from conf.schema import ModelConfig, TinyConfig
+from launch.export import export
+from launch.warm_start import ensure_tiny_model
+from orchestrator.ledger import LedgerReader
+from orchestrator.tasks.addition import AdditionTask
+from orchestrator.types import FinishReason, GenerationRequest, SamplingParams
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from orchestrator.tasks.base import Problem
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGET, PROBLEMS, SAMPLES, MAX_TOKENS = 0.70, 1024, 2, 48
+LIMIT_S = 600.0
+AGON = ["evaluation.scorer=none", "tracking=disabled", "tracking.console=quiet", "pipeline.keep_checkpoints=1000"]
+TRL = {"prompts": 64, "lr": 3e-5, "beta": 0.1, "steps": 100, "save_every": 5, "threads": 2, "max_tokens": MAX_TOKENS}
+"""The best of the settings that were tried, see RESULTS.md."""
+
+
+def run_agon(seed: int, model: Path, folder: Path, settings: Sequence[str]) -> list[tuple[float, Path]]:
+    """Seconds and weights of each iteration."""
+    start, run_dir = time.time(), folder / "run"
+    command = [sys.executable, "-m", "launch", "run", f"seed={seed}", f"run_dir={run_dir}", *AGON, *settings]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=LIMIT_S)
+    with LedgerReader(run_dir) as ledger:
+        done = [one for one in ledger.finished() if one.iteration > 0]
+    exported = [export(run_dir, folder / f"iteration-{one.iteration}", one.iteration) for one in done]
+    return [(0.0, model), *((one.finished - start, path) for one, path in zip(done, exported, strict=True))]
+
+
+def run_trl(seed: int, model: Path, folder: Path, python: str, settings: dict[str, object]) -> list[tuple[float, Path]]:
+    """Seconds and weights of every few steps."""
+    count = int(str(settings["prompts"])) * int(str(settings["steps"]))
+    problems = [
+        {"prompt": one.content, "answer": one.answer} for one in islice(AdditionTask(seed=seed).train(cursor=0), count)
+    ]
+    out, spec = folder / "trl", folder / "spec.json"
+    rest = {"seed": seed, "model": str(model), "out": str(out), "problems": problems, "max_length": 128}
+    start = time.time()
+    spec.write_text(json.dumps({**settings, **rest, "start": start}))
+    command = [str(Path(python).absolute()), "benchmarks/trl/online.py", str(spec)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=LIMIT_S, stdout=subprocess.DEVNULL)
+    saved = sorted((float(path.name), path) for path in out.iterdir() if (path / "model.safetensors").exists())
+    return [(0.0, model), *saved]
+
+
+def sampled_accuracy(folder: Path, problems: Sequence[Problem]) -> float:
+    """Share of right answers, `SAMPLES` to each problem."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    engine = TransformersEngine(
+        model_dir=str(folder),
+        dtype="float32",
+        max_length=128,
+        max_num_seqs=512,
+        kv_cache_mb=512,
+        gpu_memory_utilization=0.9,
+        tensor_parallel_size=1,
+        seed=0,
+    )
+    sampling = SamplingParams(temperature=1.0, max_tokens=MAX_TOKENS)
+    answers = {f"{number}/{sample}": one.answer for number, one in enumerate(problems) for sample in range(SAMPLES)}
+    prompts = [tuple(tokenizer(one.content).input_ids) for one in problems for _ in range(SAMPLES)]
+    for seed, (name, prompt) in enumerate(zip(answers, prompts, strict=True)):
+        engine.add(GenerationRequest(id=name, prompt_token_ids=prompt, sampling=sampling, seed=seed))
+    right = 0
+    while engine.has_unfinished():
+        for output in engine.step():
+            ended = output.finish_reason is FinishReason.EOS
+            right += ended and output.text.rpartition("#")[2] == answers[output.request_id]
+    return right / len(answers)
+
+
+def reached(weights: Sequence[tuple[float, Path]], model: Path, seed: int) -> tuple[float, list[tuple[float, float]]]:
+    """When accuracy was `TARGET`, infinite where it never was, and accuracy by seconds."""
+    problems = AdditionTask(seed=seed).test(PROBLEMS)
+    curve: list[tuple[float, float]] = []
+    for seconds, folder in weights:
+        curve.append((seconds, sampled_accuracy(folder, problems)))
+        if curve[-1][1] >= TARGET:
+            break
+    for (before, low), (after, high) in pairwise(curve):
+        if low < TARGET <= high:
+            return before + (after - before) * (TARGET - low) / (high - low), curve
+    return float("inf"), curve
+
+
+def main() -> int:
+    """Measures and keeps the ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trl", default=".venv-trl/bin/python", help="Python of an environment that has TRL")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--sides", nargs="+", default=["agon", "TRL"])
+    parser.add_argument("--agon", nargs="*", default=[], help="other settings, key=value")
+    parser.add_argument("--peer", type=json.loads, default={}, help="other settings of TRL, JSON")
+    options = parser.parse_args()
+    found: dict[str, list[float]] = {side: [] for side in options.sides}
+    for seed in options.seeds:
+        model = ensure_tiny_model(ModelConfig(tiny=TinyConfig(seed=seed)), AdditionTask(seed=seed))
+        for side in options.sides:
+            with tempfile.TemporaryDirectory() as temporary:
+                folder = Path(temporary)
+                if side == "agon":
+                    weights = run_agon(seed, model, folder, options.agon)
+                else:
+                    weights = run_trl(seed, model, folder, options.trl, TRL | options.peer)
+                seconds, curve = reached(weights, model, seed)
+            found[side].append(seconds)
+            print(
+                f"{side}, seed {seed}: {seconds:.1f} s;", *(f"{at:.1f} s {rate:.3f}," for at, rate in curve), flush=True
+            )
+    if set(options.sides) != {"agon", "TRL"}:
+        return 0
+    return report(
+        Comparison(
+            key="time_to_accuracy_vs_trl",
+            title="Wall time to 70 % sampled accuracy, against TRL",
+            unit="s",
+            sides=found,
+            ratio=of_medians(found["TRL"], found["agon"]),
+            least=3.0,
+            notes=f"{__doc__.partition('    python')[0].strip()} TRL: {TRL}. One run a seed.",
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
