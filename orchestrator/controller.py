@@ -33,6 +33,8 @@ from orchestrator.events import Event, EventKind
 from orchestrator.iteration import Iteration, keep_answers
 from orchestrator.lineage import Lineage
 from orchestrator.metrics import ROLLED_BACK
+from orchestrator.pace import Pace
+from orchestrator.startup import give_back_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
 
 _MAX_BARREN = 3
 """Iterations in a row that come to nothing before the run stops."""
+_TRIM_S = 10.0
+"""How often freed memory is given back, at most: what an iteration holds for a moment leaves holes everywhere."""
 
 
 class Controller:
@@ -73,11 +77,15 @@ class Controller:
             self._begin()
         context.profile.note()
         with closing(Ahead(context)) as ahead:
+            trims = Pace(_TRIM_S)
             for number in range(last.iteration + 1 if last else 1, config.pipeline.iterations + 1):
                 self._check_progress()
                 ahead.go_on(number)
                 self._promoted.add(Iteration(context, ahead, number, self._promoted).run())
                 context.profile.note()
+                if not trims.left_s:
+                    with trims.work():
+                        give_back_memory()
         self._check_progress()
 
     def _lineage(self, versions: Iterable[PolicyVersion] = ()) -> Lineage:
