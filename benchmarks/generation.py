@@ -13,6 +13,7 @@ import sys
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import ray
@@ -22,7 +23,10 @@ from benchmarks.models import VOCABULARY, make_llama
 from benchmarks.report import Comparison, in_turn, of_medians, report, seconds
 from benchmarks.sides import Side
 from orchestrator.pools import ActorPool
-from orchestrator.types import GenerationRequest, PolicyVersion, SamplingParams
+from orchestrator.types import Completion, GenerationRequest, PolicyVersion, SamplingParams
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS, SAMPLES, PROMPT_TOKENS, MAX_TOKENS = 64, 4, 128, 64
@@ -30,10 +34,12 @@ ENGINE = {"max_length": 256, "max_num_seqs": 256, "kv_cache_mb": 512}
 WAIT_S = 600.0
 
 
-def start_pool(model: Path) -> ActorPool[GenerationRequest, object]:
+def start_pool(
+    model: Path, *, engine: Mapping[str, int], actor: type[Generator] = Generator
+) -> ActorPool[GenerationRequest, Completion]:
     """A pool of one generator, which serves the model as it is."""
     options = {
-        **ENGINE,
+        **engine,
         "model_dir": str(model),
         "dtype": "float32",
         "gpu_memory_utilization": 0.9,
@@ -42,10 +48,10 @@ def start_pool(model: Path) -> ActorPool[GenerationRequest, object]:
     }
     environment = {"env_vars": {"OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"}}
     version = PolicyVersion(number=0, digest="0" * 16)
-    pool: ActorPool[GenerationRequest, object] = ActorPool(
+    pool: ActorPool[GenerationRequest, Completion] = ActorPool(
         role="generator",
         make=lambda index: (
-            ray.remote(Generator)
+            ray.remote(actor)
             .options(num_cpus=1, runtime_env=environment)
             .remote(f"generator-{index}", "vllm", options, version)
         ),
@@ -57,7 +63,9 @@ def start_pool(model: Path) -> ActorPool[GenerationRequest, object]:
     return pool
 
 
-def generate(pool: ActorPool[GenerationRequest, object], prompts: list[list[int]], round_number: list[int]) -> float:
+def generate(
+    pool: ActorPool[GenerationRequest, Completion], prompts: list[list[int]], round_number: list[int]
+) -> float:
     """Seconds of a wave. Each finds the prompts of the one before in the prefix cache, as bare vLLM's do."""
     round_number[0] += 1
     sampling = SamplingParams(temperature=1.0, max_tokens=MAX_TOKENS)
@@ -86,7 +94,7 @@ def main() -> int:
         spec = Path(folder) / "spec.json"
         spec.write_text(json.dumps({**ENGINE, "model": str(model), "prompts": prompts, "max_tokens": MAX_TOKENS}))
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        pool = start_pool(model)
+        pool = start_pool(model, engine=ENGINE)
         command = [sys.executable, "-m", "benchmarks.bare_vllm", str(spec)]
         with Side(command, {"OMP_NUM_THREADS": "1"}, ROOT) as bare:
             taken = in_turn(

@@ -28,6 +28,7 @@ import numpy as np
 import ray
 
 from actors.generator import Generator
+from benchmarks.generation import start_pool
 from benchmarks.models import VOCABULARY, make_llama
 from benchmarks.report import Comparison, in_turn, of_medians, report
 from conf.compose import compose
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 PROMPTS, SINGLE, PROMPT_TOKENS, STEP_TOKENS, MAX_TOKENS = 64, 2, 200, 32, 128
 WAIT_S = 600.0
+ENGINE = {"max_length": 512, "max_num_seqs": 256, "kv_cache_mb": 1024}
 VERSION = PolicyVersion(number=0, digest="0" * 16)
 SETTINGS = ["search=mcts", "search.simulations=16", f"generator.max_tokens={MAX_TOKENS}", "model.max_length=512"]
 
@@ -120,34 +122,6 @@ class Parity:
         return Tally()
 
 
-def start_pool(model: Path) -> ActorPool[GenerationRequest, Completion]:
-    """A pool of one generator, which serves the model as it is."""
-    options = {
-        "model_dir": str(model),
-        "dtype": "float32",
-        "max_length": 512,
-        "max_num_seqs": 256,
-        "kv_cache_mb": 1024,
-        "gpu_memory_utilization": 0.9,
-        "tensor_parallel_size": 1,
-        "seed": 0,
-    }
-    environment = {"env_vars": {"OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"}}
-    pool: ActorPool[GenerationRequest, Completion] = ActorPool(
-        role="generator",
-        make=lambda index: (
-            ray.remote(CountingGenerator)
-            .options(num_cpus=1, runtime_env=environment)
-            .remote(f"generator-{index}", "vllm", options, VERSION)
-        ),
-        num_actors=1,
-        restarts=0,
-        start_deadline_s=WAIT_S,
-    )
-    pool.wait_ready()
-    return pool
-
-
 def search(
     pool: ActorPool[GenerationRequest, Completion],
     prompts: Sequence[Prompt],
@@ -186,7 +160,7 @@ def main() -> int:
         folder = Path(temporary)
         model = make_llama(folder / "model", hidden=256, layers=6, heads=4)
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        pool = start_pool(model)
+        pool = start_pool(model, engine=ENGINE, actor=CountingGenerator)
         rates = in_turn(
             {
                 "together": partial(search, pool, prompts, folder, together, in_flight=4, at_once=PROMPTS),

@@ -41,7 +41,7 @@ TARGET, PROBLEMS, SAMPLES, MAX_TOKENS = 0.70, 1024, 2, 48
 LIMIT_S = 600.0
 AGON = ["evaluation.scorer=none", "tracking=disabled", "tracking.console=quiet", "pipeline.keep_checkpoints=1000"]
 TRL = {"prompts": 64, "lr": 3e-5, "beta": 0.1, "steps": 100, "save_every": 5, "threads": 2, "max_tokens": MAX_TOKENS}
-"""The best of the settings that were tried, see RESULTS.md."""
+"""Of TRL, where `--peer` says nothing else."""
 
 
 def run_agon(seed: int, model: Path, folder: Path, settings: Sequence[str]) -> list[tuple[float, Path]]:
