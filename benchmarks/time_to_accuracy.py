@@ -58,9 +58,9 @@ def run_agon(seed: int, model: Path, folder: Path, settings: Sequence[str]) -> l
 def run_trl(seed: int, model: Path, folder: Path, python: str, settings: dict[str, object]) -> list[tuple[float, Path]]:
     """Seconds and weights of every few steps."""
     count = int(str(settings["prompts"])) * int(str(settings["steps"]))
-    problems = [
-        {"prompt": one.content, "answer": one.answer} for one in islice(AdditionTask(seed=seed).train(cursor=0), count)
-    ]
+    bos = AutoTokenizer.from_pretrained(model).bos_token  # TRL adds no special tokens to a text
+    train = islice(AdditionTask(seed=seed).train(cursor=0), count)
+    problems = [{"prompt": f"{bos}{one.content}", "answer": one.answer} for one in train]
     out, spec = folder / "trl", folder / "spec.json"
     rest = {"seed": seed, "model": str(model), "out": str(out), "problems": problems, "max_length": 128}
     start = time.time()
