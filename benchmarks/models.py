@@ -33,9 +33,11 @@ def make_llama(folder: Path, *, hidden: int, layers: int, heads: int, tied: bool
         pad_token_id=2,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    words = Tokenizer(WordLevel({f"t{number}": number for number in range(VOCABULARY)}, unk_token="t0"))
+    special = ["<s>", "</s>", "<pad>"]  # special tokens are found within words as well: none may begin another
+    names = [*special, *(f"t{number}" for number in range(len(special), VOCABULARY))]
+    words = Tokenizer(WordLevel({name: number for number, name in enumerate(names)}, unk_token="<s>"))
     words.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="t0", bos_token="t0", eos_token="t1", pad_token="t2"
+        tokenizer_object=words, unk_token="<s>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     ).save_pretrained(folder)
     return folder

@@ -1,9 +1,10 @@
-"""TRL's `OnlineDPOTrainer` on the embedded task; runs in TRL's own environment.
+"""TRL's `OnlineDPOTrainer`; runs in TRL's own environment.
 
     python benchmarks/trl/online.py SPEC.json
 
-Writes the weights every few steps, in a folder named after the seconds since the time that the specification gives.
-Imports nothing of this project.
+Where the specification has `save_every`, trains to the end and writes the weights every so many steps, in a folder
+named after the seconds since the time that it gives; else takes a step a command, as `dpo.py` does. Imports nothing of
+this project.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from __future__ import annotations
 import json
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from dpo import Obeys
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
@@ -41,7 +44,10 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(spec["model"])
     eos = tokenizer.eos_token_id
 
-    def reward(completions: list[str], completion_ids: list[list[int]], answer: list[str], **_: Any) -> list[float]:
+    def checksum(completions: list[str], **_: Any) -> list[float]:
+        return [zlib.crc32(text.encode()) / 2**32 for text in completions]
+
+    def solved(completions: list[str], completion_ids: list[list[int]], answer: list[str], **_: Any) -> list[float]:
         ended = [eos in ids for ids in completion_ids]
         given = [text.rpartition("#")[2] for text in completions]
         return [float(end and one == right) for end, one, right in zip(ended, given, answer, strict=True)]
@@ -68,11 +74,11 @@ def main() -> None:
     )
     trainer = OnlineDPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32),
-        reward_funcs=reward,
+        reward_funcs=checksum if spec.get("reward") == "checksum" else solved,
         args=config,
         train_dataset=Dataset.from_list(spec["problems"]),
         processing_class=tokenizer,
-        callbacks=[Saves(spec["save_every"], Path(spec["out"]), spec["start"])],
+        callbacks=[Saves(spec["save_every"], Path(spec["out"]), spec["start"]) if "save_every" in spec else Obeys()],
     )
     trainer.train()
 
