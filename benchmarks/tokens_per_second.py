@@ -6,8 +6,8 @@ A random Llama of 36M parameters with 32,000 tokens; prompts of 200 tokens, two 
 checksum of their text, so that no two are alike; one pair a prompt, DPO with beta 0.1, AdamW, float32, all cores. Both
 sides take an optimizer step every 16 prompts. Tokens are those of prompts and completions that were sampled and trained
 on, a prompt counted once. Ours runs whole (`agon run`, vLLM, ledger, checkpoints and all) a round; its first iterations
-and the last, which is evaluated, do not count. TRL takes as many steps in between, in processes that stay: as a user
-starts it, and with the allocator settings of our learner's process (`tuned`).
+and the last, which is evaluated, do not count. TRL takes the steps of one iteration in between, in processes that stay:
+as a user starts it, and with the allocator settings of our learner's process (`tuned`).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from orchestrator.ledger import LedgerReader
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT_TOKENS, MAX_TOKENS, BATCH = 200, 100, 16
 PROMPTS, ITERATIONS, UNCOUNTED = 64, 6, 2  # of an iteration of ours; iterations; of which the first do not count
-STEPS = 4
-"""Of TRL, in a round."""
+STEPS = PROMPTS // BATCH
+"""Of TRL, in a round: those of one iteration of ours."""
 TOKENS_A_PROMPT = PROMPT_TOKENS + 2 * MAX_TOKENS
 SETTINGS = [
     "model.max_length=320",
@@ -49,6 +49,7 @@ SETTINGS = [
     f"generator.max_tokens={MAX_TOKENS}",
     "generator.kv_cache_mb=1024",
     "pairing.max_pairs=1",
+    "filter=none",  # random models do not end what they write
     f"learner.batch_pairs={BATCH}",
     f"pipeline.prompts_per_iteration={PROMPTS}",
     f"pipeline.iterations={ITERATIONS}",
@@ -80,7 +81,8 @@ def ours(run_dir: Path, model: Path, prompts: Path, settings: list[str]) -> floa
     with LedgerReader(run_dir) as ledger:
         done = ledger.finished()
     counted = list(pairwise(done))[UNCOUNTED:-1]
-    return len(counted) * PROMPTS * TOKENS_A_PROMPT / (counted[-1][1].finished - counted[0][0].finished)
+    pairs = sum(after.metrics["pairs/kept"] for _, after in counted)
+    return pairs * TOKENS_A_PROMPT / (counted[-1][1].finished - counted[0][0].finished)
 
 
 def main() -> int:
