@@ -195,12 +195,15 @@ class Dispatch(Generic[Work, Result]):
     def _give_out_again(self) -> None:
         """Asks idle workers for what is late."""
         idle = [slot for slot in self._pool.living if slot.name not in self._busy] if self._may_copy() else []
-        late = self._stragglers.late(self._pending, time.monotonic(), most=len(idle)) if idle else []
+        late = self._stragglers.late(self._pending, time.monotonic(), len(idle), self._suspected) if idle else []
         for number, ref in enumerate(late):
             self._copy(ref, idle[number :: len(late)])
 
     def _may_copy(self) -> bool:
         return self._speculation is not None and bool(self._pending) and not self._queues
+
+    def _suspected(self, share: Share) -> bool:
+        return self._keys is not None and any(self._keys[position] in self._deaths for position in share.positions)
 
     def _copy(self, ref: Any, idle: Sequence[Slot]) -> None:
         """Gives what a late worker has to others as well, key by key."""

@@ -71,8 +71,13 @@ class Stragglers:
         """A share is done."""
         insort(self._taken_s, seconds)
 
-    def late(self, pending: Mapping[Any, Given], now: float, most: int) -> Sequence[Any]:
-        """References of at most so many shares that are late and not copied yet; they count as copied now."""
+    def late(
+        self, pending: Mapping[Any, Given], now: float, most: int, suspected: Callable[[Share], bool]
+    ) -> Sequence[Any]:
+        """References of at most so many shares that are late and not copied yet; they count as copied now.
+
+        What may have killed a worker is not given to a second one at the same time.
+        """
         if self._left <= 0 or len(self._taken_s) <= len(pending):
             return []
         limit_s = _LATE * self._taken_s[len(self._taken_s) // 2]
@@ -83,7 +88,7 @@ class Stragglers:
                 break
             if now - given.since <= limit_s or given.is_copied or share.is_copy or share.alone:
                 continue
-            if len(share.positions) <= self._left:
+            if len(share.positions) <= self._left and not suspected(share):
                 self._left -= len(share.positions)
                 given.is_copied = True
                 found.append(ref)

@@ -123,6 +123,15 @@ def test_what_others_answered_is_not_asked_for_again_when_its_own_worker_dies(st
     assert sum(actor.asked for actor in pool.actors) == 40
 
 
+def test_what_a_worker_may_have_died_of_is_not_given_to_two(start):
+    world, pool, _ = start(20, slow={7: {"slowness": 20.0}})
+    world.after(3.0, pool.slots[7].actor.end)
+    began = world.now()
+    assert None not in ask(pool, list(range(40)), speculation=speculation(0.1))
+    assert world.now() - began > 100.0  # its successor is as slow, and nobody helped it
+    assert sum(actor.asked for actor in pool.actors) == 40
+
+
 def test_what_takes_long_is_done_seldom(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(pace, "time", SimpleNamespace(monotonic=lambda: now[0]))

@@ -16,10 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import linear_regression, mean, pvariance
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -30,23 +31,39 @@ from tests.chaos.cells import SETTINGS, VICTIM, products
 from tests.chaos.saboteur import FOLDER, kill, living
 from tests.runs import overrides
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
 DEADLINE_S = 900.0
 """Without a new stage for so long, a run is stuck."""
+END_S = 120.0
+"""A run that is asked to end must have ended after so long."""
 ITERATIONS_A_KILL = 20
 SOAK_ROLES = ("generator", "judge", "queue", "learner")
 CONTROLLER_LIFE = 40
 """Kills of others, one a minute, for each of the controller."""
 
 
-def start(arguments: list[str], chaos: Path) -> subprocess.Popen[bytes]:
-    """A run with a saboteur that is armed with nothing: its processes are known by their role."""
-    with open(chaos / "output.txt", "a") as output:
-        return subprocess.Popen(
-            [sys.executable, "-c", VICTIM, *arguments],
-            env=os.environ | {FOLDER: str(chaos)},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+@contextmanager
+def victims(chaos: Path) -> Iterator[Callable[[list[str]], subprocess.Popen[bytes]]]:
+    """Starts runs with a saboteur that is armed with nothing: their processes are known by role. None outlives it."""
+    started: list[subprocess.Popen[bytes]] = []
+    chaos.mkdir(parents=True)
+
+    def start(arguments: list[str]) -> subprocess.Popen[bytes]:
+        with open(chaos / "output.txt", "a") as output:
+            command = [sys.executable, "-c", VICTIM, *arguments]
+            environment = os.environ | {FOLDER: str(chaos)}
+            started.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        for process in started:
+            if process.poll() is None:
+                process.terminate()
+                process.wait(END_S)
 
 
 def stages(run_dir: Path) -> int:
@@ -77,24 +94,26 @@ def kill_controller(folder: Path, *, kills: int, engine: str, seed: int) -> int:
     # Weights move, and yet there is something to learn to the end.
     settings = {**SETTINGS, "pipeline__iterations": kills * ITERATIONS_A_KILL, "learner__lr": 1e-5}
     run_dir, chaos, whole = folder / "killed", folder / "killed.chaos", folder / "whole"
-    chaos.mkdir(parents=True)
-    start(["run", *overrides(folder, whole, engine=engine, **settings)], chaos).wait(DEADLINE_S)
-    with LedgerReader(whole) as ledger:
-        share_s = sum(phase.seconds or 0.0 for phase in ledger.phases()) / kills
-    codes, since = [], time.time()
-    process = start(["run", *overrides(folder, run_dir, engine=engine, **settings)], chaos)
-    for number in range(kills):
-        wait_for_work(process, run_dir, since)
-        instant = lots.uniform(0, share_s)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(instant)
-        process.kill()
-        codes.append(process.wait())
-        done = stages(run_dir)
-        print(f"kill {number + 1}: {instant:.1f} s into the work, {done} stages begun, code {codes[-1]}", flush=True)
-        since = time.time()
-        process = start(["run", "--resume", str(run_dir)], chaos)
-    code = process.wait(DEADLINE_S)
+    with victims(chaos) as start:
+        start(["run", *overrides(folder, whole, engine=engine, **settings)]).wait(DEADLINE_S)
+        with LedgerReader(whole) as ledger:
+            share_s = sum(phase.seconds or 0.0 for phase in ledger.phases()) / kills
+        codes, since = [], time.time()
+        process = start(["run", *overrides(folder, run_dir, engine=engine, **settings)])
+        for number in range(kills):
+            wait_for_work(process, run_dir, since)
+            instant = lots.uniform(0, share_s)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(instant)
+            process.kill()
+            codes.append(process.wait())
+            done = stages(run_dir)
+            print(
+                f"kill {number + 1}: {instant:.1f} s into the work, {done} stages begun, code {codes[-1]}", flush=True
+            )
+            since = time.time()
+            process = start(["run", "--resume", str(run_dir)])
+        code = process.wait(DEADLINE_S)
     found, same = audit(run_dir), products(run_dir) == products(whole)
     killed = codes.count(-signal.SIGKILL)  # others had ended by themselves, which is no kill
     print(found)
@@ -120,37 +139,37 @@ class Sample:
 def soak(folder: Path, *, minutes: float, engine: str, seed: int) -> int:
     """Kills a random role each minute. Figures of the controller are compared within the life of each controller."""
     lots, run_dir, chaos = random.Random(seed), folder / "soak", folder / "soak.chaos"
-    chaos.mkdir(parents=True)
     # So little is learned that there is something to learn for hours.
     settings = {**SETTINGS, "pipeline__iterations": 100_000, "learner__lr": 1e-9}
     settings |= {f"{section}__restarts": 100_000 for section in ("generator", "scorer", "learner")}
-    process = start(["run", *overrides(folder, run_dir, engine=engine, **settings)], chaos)
-    shared = psutil.disk_usage("/dev/shm").used
-    kills, lives, wrong, end = 0, [[]], list[str](), time.monotonic() + minutes * 60
-    done, moved = 0, time.monotonic()
-    while time.monotonic() < end:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(60)
-        if stages(run_dir) > done:
-            done, moved = stages(run_dir), time.monotonic()
-        elif time.monotonic() - moved > DEADLINE_S:
-            wrong.append(f"no stage was begun for {DEADLINE_S:g} s after {done}")
-            break
-        if process.poll() is not None:
-            if process.returncode != -signal.SIGKILL:
-                wrong.append(f"the controller ended with code {process.returncode}")
-            process = start(["run", "--resume", str(run_dir)], chaos)
-            lives.append([])
-            continue
-        lives[-1].append(measure(process.pid, chaos, shared))
-        # A controller dies seldom, so that there is something to see between its deaths.
-        role = "controller" if kills % CONTROLLER_LIFE == CONTROLLER_LIFE - 1 else lots.choice(SOAK_ROLES)
-        with suppress(RuntimeError, psutil.NoSuchProcess):
-            kill(role, chaos, str(kills))
-            kills += 1
-        print(f"{role:<10} killed; {lives[-1][-1]}, {stages(run_dir)} stages", flush=True)
-    process.send_signal(signal.SIGINT)
-    code = process.wait(120)
+    with victims(chaos) as start:
+        process = start(["run", *overrides(folder, run_dir, engine=engine, **settings)])
+        shared = psutil.disk_usage("/dev/shm").used
+        kills, lives, wrong, end = 0, [[]], list[str](), time.monotonic() + minutes * 60
+        done, moved = 0, time.monotonic()
+        while time.monotonic() < end:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(60)
+            if stages(run_dir) > done:
+                done, moved = stages(run_dir), time.monotonic()
+            elif time.monotonic() - moved > DEADLINE_S:
+                wrong.append(f"no stage was begun for {DEADLINE_S:g} s after {done}")
+                break
+            if process.poll() is not None:
+                if process.returncode != -signal.SIGKILL:
+                    wrong.append(f"the controller ended with code {process.returncode}")
+                process = start(["run", "--resume", str(run_dir)])
+                lives.append([])
+                continue
+            lives[-1].append(measure(process.pid, chaos, shared))
+            # A controller dies seldom, so that there is something to see between its deaths.
+            role = "controller" if kills % CONTROLLER_LIFE == CONTROLLER_LIFE - 1 else lots.choice(SOAK_ROLES)
+            with suppress(RuntimeError, psutil.NoSuchProcess):
+                kill(role, chaos, str(kills))
+                kills += 1
+            print(f"{role:<10} killed; {lives[-1][-1]}, {stages(run_dir)} stages", flush=True)
+        process.send_signal(signal.SIGINT)
+        code = process.wait(END_S)
     time.sleep(10)
     every = psutil.process_iter(["cmdline"])
     left = [process.pid for process in every if str(run_dir) in " ".join(process.info["cmdline"] or [])]
@@ -219,6 +238,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="folder for the runs; a temporary one if not given")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
         if options.kills:

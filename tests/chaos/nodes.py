@@ -5,6 +5,7 @@ It has a head without room for actors and two nodes with room for all of them, e
 
 from __future__ import annotations
 
+import logging
 import sys
 
 from ray.cluster_utils import Cluster
@@ -18,6 +19,7 @@ _HEALTH = {"health_check_period_ms": 1000, "health_check_timeout_ms": 1000, "hea
 
 def main() -> None:
     """Runs until standard input ends."""
+    logging.getLogger("ray").setLevel(logging.WARNING)  # each cluster tells of the one before it
     head = {**_ROOM, "num_cpus": 0, "include_dashboard": False, "_system_config": _HEALTH}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
