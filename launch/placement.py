@@ -19,6 +19,7 @@ from launch.model_files import find_model, folder_version
 from learners.learner import Learner
 from orchestrator.errors import DeadlineError
 from orchestrator.pools import ActorPool
+from orchestrator.remote import actor_class
 from orchestrator.rollouts import Roles
 from orchestrator.seeds import derive_seed
 
@@ -184,7 +185,7 @@ def _start_generator(
         "seed": derive_seed(config.seed, name, index),
     }
     threads = max(1, int(generator.cpus_per_actor))
-    actor = ray.remote(Generator).options(
+    actor = actor_class(Generator).options(
         num_cpus=generator.cpus_per_actor, num_gpus=generator.gpus_per_actor, runtime_env=_environment(threads)
     )
     return actor.remote(f"{name}-{index}", generator.kind, options, fixed_version)
@@ -195,7 +196,7 @@ def _start_scorer(name: str, scorer: ScorerConfig, judge: JudgeConfig) -> Any:
     threads = max(1, int(scorer.cpus_per_actor))
     # One call at a time runs in the main thread, the only one that math-verify can break off (by a signal).
     alone = scorer.kind == "verifier" and scorer.verifier == "math"
-    actor = ray.remote(ScorerActor).options(
+    actor = actor_class(ScorerActor).options(
         num_cpus=scorer.cpus_per_actor,
         num_gpus=gpus,
         max_concurrency=1 if alone else 2,
@@ -219,7 +220,7 @@ def start_learner(
     environment = _environment(learner.num_threads)
     if not learner.gpus:
         environment["env_vars"] |= KEEPS_MEMORY
-    actor = ray.remote(Learner).options(
+    actor = actor_class(Learner).options(
         num_cpus=learner.cpus, num_gpus=learner.gpus, max_concurrency=4, runtime_env=environment
     )
     return actor.remote(

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import ray
 
 from orchestrator.errors import QueueClosedError
-from orchestrator.remote import fetch
+from orchestrator.remote import actor_class, fetch
 from orchestrator.stacks import Observable
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ class BatchQueue:
     @classmethod
     def create(cls, capacity: int, *, deadline_s: float) -> BatchQueue:
         """Starts the queue's actor, and does not wait for it."""
-        return cls(ray.remote(QueueActor).options(num_cpus=0, max_concurrency=64).remote(capacity), deadline_s)
+        return cls(actor_class(QueueActor).options(num_cpus=0, max_concurrency=64).remote(capacity), deadline_s)
 
     def wait_ready(self, deadline_s: float) -> None:
         """Waits until the actor is up, for `learner.start_deadline_s`."""

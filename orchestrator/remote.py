@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -34,6 +35,15 @@ _ADDRESS = re.compile(r"([\w ]+ )?https?://\S+")
 _LAST_LINES = 3
 _GUESSES = "Some common causes include"
 """Behind it Ray lists what may kill a process anywhere."""
+
+
+@cache
+def actor_class(cls: type) -> Any:
+    """Ray's class of actors of a class.
+
+    One for all: Ray keeps what it knows of each for good, some 50 KB, and a run of days replaces many actors.
+    """
+    return ray.remote(cls)
 
 
 def fetch(ref: Any, *, what: str, deadline_s: float, knob: str) -> Any:
