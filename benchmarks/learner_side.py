@@ -1,23 +1,35 @@
 """The learner of this project on given pairs, one optimizer step a command: what `trl/dpo.py` is for TRL.
 
 python -m benchmarks.learner_side SPEC.json
+
+Each line of stdin is a command, answered with a number:
+
+    step              seconds of an optimizer step
+    gradients FILE    the same, and its gradients are written to the file
+    memory            highest MiB within a step, above what was held before
+    products          seconds of the matrix products of a step, alone
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import time
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 
+from benchmarks.products import products_of
+from benchmarks.report import seconds
 from benchmarks.resident import resident, settle
 from conf.schema import LearnerConfig, LossConfig, ReferenceConfig
 from learners.trainer import Trainer
 from orchestrator.batching import pack
 from orchestrator.types import Completion, FinishReason, PolicyVersion, PreferencePair, Prompt
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 VERSION = PolicyVersion(number=0, digest="0" * 16)
 
@@ -62,15 +74,29 @@ def main() -> None:
             save_file({name: one.grad.contiguous() for name, one in parameters if one.grad is not None}, wanted.pop())
 
     optimizer.register_step_pre_hook(write_gradients)
-    for number, line in enumerate(sys.stdin):
-        command = line.split()
-        wanted += command[1:]
-        held = settle() if command[0] == "memory" else 0.0
-        trainer.begin_iteration(number + 1, 1)  # the reference scores each batch anew, as TRL's does
-        start = time.perf_counter()
+    iterations = count(1)
+
+    def step() -> None:
+        trainer.begin_iteration(next(iterations), 1)  # the reference scores each batch anew, as TRL's does
         trainer.update(trainer.annotate(pack(pairs)))
-        seconds = time.perf_counter() - start
-        print("answer", resident("VmHWM") - held if command[0] == "memory" else seconds, flush=True)
+
+    def memory() -> float:
+        held = settle()
+        step()
+        return resident("VmHWM") - held
+
+    products: list[Callable[[], float]] = []
+    for line in sys.stdin:
+        command, *files = line.split()
+        wanted += files
+        if command == "memory":
+            answer = memory()
+        elif command == "products":
+            products = products or [products_of(step)]
+            answer = products[0]()
+        else:
+            answer = seconds(step)
+        print("answer", answer, flush=True)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,13 @@ from launch.placement import KEEPS_MEMORY
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers")
 PAIRS = 8
+COMMON = {"lr": 1e-7, "beta": 0.1, "max_grad_norm": 1e9, "threads": 2, "vocabulary": VOCABULARY, "trl_batch": 2}
+"""What each side is told, beside model and pairs."""
+
+
+def make_model(folder: Path) -> Path:
+    """The model that both train."""
+    return make_llama(folder, hidden=512, layers=6, heads=8)
 
 
 def make_pairs() -> list[dict[str, list[int]]]:
@@ -63,9 +70,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(temporary)
         spec = folder / "spec.json"
-        common = {"lr": 1e-7, "beta": 0.1, "max_grad_norm": 1e9, "threads": 2, "vocabulary": VOCABULARY, "trl_batch": 2}
-        model = make_llama(folder / "model", hidden=512, layers=6, heads=8)
-        spec.write_text(json.dumps(common | {"pairs": pairs, "model": str(model), "folder": str(folder / "out")}))
+        model = make_model(folder / "model")
+        spec.write_text(json.dumps(COMMON | {"pairs": pairs, "model": str(model), "folder": str(folder / "out")}))
         trl = [str(Path(arguments.trl).absolute()), "benchmarks/trl/dpo.py", str(spec)]
         ours = [sys.executable, "-m", "benchmarks.learner_side", str(spec)]
         sides = {
