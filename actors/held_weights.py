@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from orchestrator.weights import checksum_of_all
+from orchestrator.weights import checksum_of_all, on_all_cores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -24,14 +24,20 @@ TRANSPOSED = {"gpt2": ("c_attn.weight", "c_proj.weight", "c_fc.weight")}
 def load(worker: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     """Writes the worker's share of `tensors` in place.
 
-    Layers on a GPU may hold their weights in the layout of a kernel, which only vLLM's own reload restores; it takes
-    whole models only.
+    On a CPU, what is held as it was published is written straight to where it lies, on all cores; vLLM's own loader
+    takes the rest, one tensor at a time. Layers on a GPU may hold their weights in the layout of a kernel, which only
+    vLLM's own reload restores; it takes whole models only.
     """
     runner = worker.model_runner
-    if worker.device.type == "cpu":
-        runner.get_model().load_weights(tensors.items())
-    else:
+    if worker.device.type != "cpu":
         runner.reload_weights(weights_iterator=iter(tensors.items()))
+        return
+    model = runner.get_model()
+    places = {name: _held(model, name) for name in tensors}
+    direct = [(held, tensors[name]) for name, held in places.items() if held is not None]
+    on_all_cores(lambda pair: pair[0].copy_(pair[1]), direct)
+    if rest := {name: tensors[name] for name, held in places.items() if held is None}:
+        model.load_weights(rest.items())
 
 
 def outdated(worker: Any, records: Sequence[TensorRecord]) -> list[str]:

@@ -23,10 +23,11 @@ from benchmarks.models import make_llama
 from benchmarks.report import Comparison, in_turn, of_medians, report, seconds
 from conf.compose import compose
 from launch.placement import KEEPS_MEMORY, start_learner, start_ray
+from launch.wiring import PROBE_TOKENS
 from orchestrator.types import PolicyVersion
 
 WAIT_S = 600.0
-PROBE = tuple(range(3, 67))
+PROBE = tuple(range(3, 3 + PROBE_TOKENS))
 
 
 def start_actors(model: Path, probe: tuple[int, ...]) -> tuple[Any, Any]:

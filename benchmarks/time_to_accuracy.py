@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TARGET, PROBLEMS, SAMPLES, MAX_TOKENS = 0.70, 1024, 2, 48
 LIMIT_S = 600.0
 AGON = ["evaluation.scorer=none", "tracking=disabled", "tracking.console=quiet", "pipeline.keep_checkpoints=1000"]
-TRL = {"prompts": 64, "lr": 3e-5, "beta": 0.1, "steps": 100, "save_every": 5, "threads": 2, "max_tokens": MAX_TOKENS}
+TRL = {"prompts": 32, "lr": 1e-4, "beta": 0.3, "steps": 200, "save_every": 5, "threads": 2, "max_tokens": MAX_TOKENS}
 """Of TRL, where `--peer` says nothing else."""
 
 

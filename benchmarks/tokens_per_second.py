@@ -33,7 +33,7 @@ from orchestrator.ledger import LedgerReader
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT_TOKENS, MAX_TOKENS, BATCH = 200, 100, 16
-PROMPTS, ITERATIONS, UNCOUNTED = 64, 6, 2  # of an iteration of ours; iterations; of which the first do not count
+PROMPTS, ITERATIONS, UNCOUNTED = 32, 4, 1  # of an iteration of ours; iterations; of which the first do not count
 STEPS = PROMPTS // BATCH
 """Of TRL, in a round: those of one iteration of ours."""
 TOKENS_A_PROMPT = PROMPT_TOKENS + 2 * MAX_TOKENS

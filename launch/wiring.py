@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from orchestrator.ledger import Ledger
     from orchestrator.tracking import Tracker
 
-PROBE_TOKENS = 64
-"""Longest probe: enough for every layer to matter, cheap beside a publication."""
+PROBE_TOKENS = 16
+"""Longest probe: every layer and matrix has its part in it, and weights are read once for so few tokens."""
 
 
 def build_context(

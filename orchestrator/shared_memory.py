@@ -41,7 +41,9 @@ class SharedArray:
             if psutil.Process(self.pid).create_time() != self.born:
                 raise ProcessLookupError(self.pid)
             with open(f"/proc/{self.pid}/fd/{self.descriptor}", "rb") as file:
-                mapped = mmap.mmap(file.fileno(), self.num_bytes, access=mmap.ACCESS_READ)
+                # All pages at once: each would otherwise interrupt whoever reads it first.
+                flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+                mapped = mmap.mmap(file.fileno(), self.num_bytes, flags=flags, prot=mmap.PROT_READ)
         except (OSError, ValueError, psutil.Error) as error:
             raise LostObjectError(
                 f"the shared memory of process {self.pid} cannot be read: {error or type(error).__name__}"

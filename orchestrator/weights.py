@@ -41,6 +41,7 @@ Result = TypeVar("Result")
 _ALIGNMENT = 64  # bytes; lets every dtype be viewed in place
 BUCKET_BYTES = 256 << 20
 _MOST_THREADS = 4  # enough to fill the memory's bandwidth
+_CHUNK_BYTES = 256 << 10  # what was just copied is summed up while it is still in the cache
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,8 +116,7 @@ def pack(
 
     def copy(item: tuple[tuple[str, torch.Tensor], tuple[int, int]]) -> TensorRecord:
         (name, tensor), (bucket, offset) = item
-        part = buckets[bucket][offset : offset + tensor.nbytes]
-        np.copyto(part, _bytes(tensor))
+        checksum = _copy(buckets[bucket][offset : offset + tensor.nbytes], _bytes(tensor))
         return TensorRecord(
             name=name,
             dtype=str(tensor.dtype).removeprefix("torch."),
@@ -124,10 +124,20 @@ def pack(
             bucket=bucket,
             offset=offset,
             num_bytes=tensor.nbytes,
-            checksum=xxhash.xxh3_64_hexdigest(part.data),
+            checksum=checksum,
         )
 
-    return tuple(_on_all_cores(copy, zip(tensors.items(), places, strict=True))), buckets
+    return tuple(on_all_cores(copy, zip(tensors.items(), places, strict=True))), buckets
+
+
+def _copy(target: NDArray[np.uint8], source: NDArray[np.uint8]) -> str:
+    """Fills `target`; returns the checksum of what it then holds."""
+    checksum = xxhash.xxh3_64()
+    for start in range(0, len(source), _CHUNK_BYTES):
+        part = target[start : start + _CHUNK_BYTES]
+        np.copyto(part, source[start : start + _CHUNK_BYTES])
+        checksum.update(part.data)
+    return checksum.hexdigest()
 
 
 def _bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
@@ -138,7 +148,7 @@ def _bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
     return flat
 
 
-def _on_all_cores(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+def on_all_cores(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """For functions that copy or sum up bytes, during which Python lets other threads run."""
     with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
         return list(pool.map(function, items))
@@ -162,12 +172,12 @@ def version_of(number: int, records: Sequence[TensorRecord]) -> PolicyVersion:
 
 def checksum_of_all(tensors: Sequence[torch.Tensor]) -> list[str]:
     """xxh3-64 of the bytes of each tensor, as in its `TensorRecord`."""
-    return _on_all_cores(lambda tensor: xxhash.xxh3_64_hexdigest(_bytes(tensor).data), tensors)
+    return on_all_cores(lambda tensor: xxhash.xxh3_64_hexdigest(_bytes(tensor).data), tensors)
 
 
 def corrupted(records: Sequence[TensorRecord], buckets: Sequence[NDArray[np.uint8]]) -> list[str]:
     """Names of tensors whose bytes do not match their checksum."""
-    found = _on_all_cores(lambda record: xxhash.xxh3_64_hexdigest(_bytes_of(record, buckets).data), records)
+    found = on_all_cores(lambda record: xxhash.xxh3_64_hexdigest(_bytes_of(record, buckets).data), records)
     return [record.name for record, checksum in zip(records, found, strict=True) if checksum != record.checksum]
 
 
