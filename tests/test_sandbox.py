@@ -109,6 +109,16 @@ def test_calls_share_a_process_until_one_ends_it(function):
     assert (c, "exit code 3" in why) == (None, True)
 
 
+def test_a_process_that_holds_all_that_it_may_is_replaced(function):
+    """It keeps 8 MiB a call, and comes to its limit again and again."""
+    body = "f.kept = getattr(f, 'kept', []) + [bytearray(8 << 20)]\n    return len(f.kept)"
+    scorer = function(body, call_memory_mb=256)
+    found = [outcome for _ in range(6) for outcome in outcomes(scorer, *["x"] * 16)]
+    silent = [why for value, why in found if value is None]
+    assert 1 <= len(silent) <= 96 // 8  # 256 MiB take more than seven
+    assert all("MemoryError" in why for why in silent)
+
+
 def test_a_function_is_another_when_any_file_of_its_package_is(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     package = tmp_path / "confined_package"
@@ -201,6 +211,14 @@ ATTACKS = {
     "loops": ("while True: pass", "ran out of"),
     "hogs memory": ("x = [0] * (1 << 40)", "MemoryError"),
     "hogs memory slowly": ("x = []\nwhile True: x.append(bytes(1 << 20))", "MemoryError"),
+    "takes memory that is not counted": (
+        "import os\nfd = os.memfd_create('x')\nos.ftruncate(fd, 1 << 20)\ndef f(x): return x + 1",
+        "PermissionError",
+    ),
+    "takes memory that outlives it": (
+        "import ctypes\nif ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600) < 0: raise MemoryError\ndef f(x): return x + 1",
+        "MemoryError",
+    ),
     "recurses": ("def f(x): return f(x)", "RecursionError"),
     "forks": ("import os\nwhile True: os.fork()", "PermissionError"),
     "starts programs": ("import subprocess; subprocess.run(['true'])", "PermissionError"),
@@ -306,13 +324,19 @@ def test_the_code_of_a_text_is_its_last_block(text, code):
 # Where the kernel gives less, and when the parent goes
 
 
-def test_without_namespaces_the_filter_of_calls_still_holds(judge, monkeypatch, caplog):
+def test_without_namespaces_the_rest_still_holds(judge, monkeypatch, caplog, tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.write_text("before")
     monkeypatch.setattr(sandbox, "_START", NO_NAMESPACES)
     sandbox._warn_once.cache_clear()
     for attack in ("opens a socket", "forks", "kills its parent", "writes a big file"):
         value, reason = judge(ATTACKS[attack][0])
         assert (value, ATTACKS[attack][1] in reason) == (0.0, True)
     assert judge(RIGHT)[0] == 1.0
+    for path in (theirs, *(f"/proc/{os.getpid()}/{name}" for name in ("mem", "environ"))):
+        assert "PermissionError" in judge(f"open('{path}', 'rb' if 'environ' in '{path}' else 'r+b')")[1]
+    assert "PermissionError" in judge(f"import os\nos.unlink('{theirs}')")[1]
+    assert theirs.read_text() == "before"
     assert caplog.text.count("weaker here than it should be: no namespaces") == 1
     sandbox._warn_once.cache_clear()
 

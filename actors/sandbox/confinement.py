@@ -1,7 +1,8 @@
 """What takes rights away from the process that calls it: limits, namespaces, capabilities, system calls.
 
 Namespaces of its own leave it no network and show it every file system as read-only, its work folder aside, which is
-memory; and the kernel lets it look into no process outside. Standard library alone.
+memory; and the kernel lets it look into no process outside. Landlock does the last two without namespaces. Standard
+library alone.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import resource
 import signal
 from pathlib import Path
 
+from actors.sandbox.landlock import restrict_files
 from actors.sandbox.syscalls import filter_calls
 
 FILE_MB = 16
@@ -50,7 +52,7 @@ def confine(work_dir: str, *, memory_mb: int, cpu_s: int) -> list[str]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_MB << 20, FILE_MB << 20))
     resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, resource.RLIM_INFINITY))
-    lacking.append(filter_calls())
+    lacking += [restrict_files(work_dir), filter_calls()]
     return [words for words in lacking if words]
 
 

@@ -2,7 +2,8 @@
 
 It needs no rights and no namespaces, also where containers forbid the latter. Denied are sockets, new processes,
 signals and debugging of other processes, mounts and namespaces, and the doors around these (io_uring, pidfd, keyrings,
-signals by file owner). Threads and what a process does to itself are allowed. A denied call fails with EPERM.
+signals by file owner), and memory that outlives its process or is not counted by the limit on address space (System V
+segments, memfd). Threads and what a process does to itself are allowed. A denied call fails with EPERM.
 
 Numbers are from the kernel's tables (arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h), the
 filter's layout from Documentation/userspace-api/seccomp_filter.rst. Standard library alone.
@@ -16,9 +17,9 @@ import platform
 import struct
 from errno import ENOSYS, EPERM
 
-_NEW = (424, 425, 428, 429, 430, 432, 433, 434, 438, 440, 442)
+_NEW = (424, 425, 428, 429, 430, 432, 433, 434, 438, 440, 442, 447)
 """pidfd_send_signal, io_uring_setup, open_tree, move_mount, fsopen, fsmount, fspick, pidfd_open, pidfd_getfd,
-process_madvise, mount_setattr: the same on all architectures."""
+process_madvise, mount_setattr, memfd_secret: the same on all architectures."""
 _CLONE3 = 435
 _X32 = 0x40000000
 
@@ -29,10 +30,10 @@ _TABLES = {
         # fork vfork execve execveat socket ptrace process_vm_readv process_vm_writev unshare setns mount umount2
         # pivot_root bpf perf_event_open userfaultfd keyctl add_key request_key tkill rt_sigqueueinfo
         # rt_tgsigqueueinfo setpriority ioprio_set sched_setparam sched_setscheduler sched_setattr kcmp migrate_pages
-        # move_pages
+        # move_pages shmget shmat semget msgget memfd_create
         (
             *(57, 58, 59, 322, 41, 101, 310, 311, 272, 308, 165, 166, 155, 321, 298, 323, 250, 248, 249, 200, 129),
-            *(297, 141, 251, 142, 144, 314, 312, 256, 279),
+            *(297, 141, 251, 142, 144, 314, 312, 256, 279, 29, 30, 64, 68, 319),
         ),
         (62, 234, 302, 203),  # kill tgkill prlimit64 sched_setaffinity
         (56, 72, 16),
@@ -41,7 +42,7 @@ _TABLES = {
         0xC00000B7,
         (
             *(221, 281, 198, 117, 270, 271, 97, 268, 40, 39, 41, 280, 241, 282, 219, 217, 218, 130, 138, 240, 140),
-            *(30, 118, 119, 274, 272, 238, 239),
+            *(30, 118, 119, 274, 272, 238, 239, 194, 196, 190, 186, 279),
         ),
         (129, 131, 261, 122),
         (220, 25, 29),

@@ -7,6 +7,7 @@ library alone: it starts in tens of milliseconds, and the code finds nothing of 
 from __future__ import annotations
 
 import builtins
+import errno
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from actors.sandbox.confinement import confine, end_with_parent
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+_USED_UP = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC, errno.EDQUOT)
 SHOWN = 300
 """Characters of an error of the code that are told."""
 
@@ -124,7 +126,12 @@ def _call(function: Callable[..., Any], arguments: list[str | None]) -> dict[str
             return {"value": float(value)}
         return {"silent": f"the function returned {_short(repr(value))}, which is no finite number"}
     except BaseException as error:  # noqa: BLE001 - it is not our code, and whatever it raises says nothing of the text
-        return {"silent": f"the function raised {_told(error)}"}
+        return {"silent": f"the function raised {_told(error)}", "spent": _is_spent(error)}
+
+
+def _is_spent(error: BaseException) -> bool:
+    """Whether the process has used up what it may take, so that later calls would fail for what earlier ones hold."""
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) in _USED_UP
 
 
 def _test(channel: Channel) -> NoReturn:
