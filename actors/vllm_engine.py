@@ -117,7 +117,10 @@ class VllmEngine:
             logprobs=0,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        self._engine.add_request(request.id, {"prompt_token_ids": list(request.prompt_token_ids)}, params)
+        prompt: dict[str, Any] = {"prompt_token_ids": list(request.prompt_token_ids)}
+        if request.cache_scope:
+            prompt["cache_salt"] = request.cache_scope
+        self._engine.add_request(request.id, prompt, params)
         self._running.add(request.id)
 
     def step(self) -> list[EngineOutput]:

@@ -65,6 +65,7 @@ class PromptSearch:
             prompt_token_ids=self.prompt.token_ids + state,
             sampling=replace(sampling, max_tokens=max(1, sampling.max_tokens - len(state))),
             seed=derive_seed(self.seed, self._started),
+            cache_scope=f"search/{self.iteration}/{self.prompt.id}",
         )
 
     def take(

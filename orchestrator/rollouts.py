@@ -70,6 +70,7 @@ def make_requests(prompts: Sequence[Prompt], draw: Draw, seed: int) -> list[Gene
                 prompt_token_ids=prompt.token_ids,
                 sampling=draw.sampling,
                 seed=derive_seed(group_seed, index),
+                cache_scope=f"{draw.purpose}/{draw.iteration}/{prompts[0].id}",  # what is drawn together
             )
             for index in range(draw.num_samples)
         ]

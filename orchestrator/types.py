@@ -87,6 +87,11 @@ class GenerationRequest:
     sampling: SamplingParams
     seed: int
     """Makes the completion independent of the batch it rides in, in [0, 2**31)."""
+    cache_scope: str = ""
+    """Keys and values are used again among requests of one scope only.
+
+    What was computed for others is equal but for its last bits, and is gone where a run was resumed in between.
+    """
 
 
 class FinishReason(StrEnum):

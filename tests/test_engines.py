@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from actors import vllm_engine
 from actors.engines import build_engine
 from orchestrator.errors import ConfigError, ModelError
 from orchestrator.types import FinishReason, GenerationRequest, SamplingParams
@@ -80,10 +81,10 @@ def subject(request, tmp_path_factory):
     subject.engine.close()
 
 
-def requests_for(prompts, *, tag="r", stop=(), max_tokens=CONTEXT, temperature=1.0, top_p=1.0):
+def requests_for(prompts, *, tag="r", stop=(), max_tokens=CONTEXT, temperature=1.0, top_p=1.0, scope=""):
     sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, stop=stop)
     return [
-        GenerationRequest(id=f"{tag}{i}", prompt_token_ids=prompt, sampling=sampling, seed=100 + i)
+        GenerationRequest(id=f"{tag}{i}", prompt_token_ids=prompt, sampling=sampling, seed=100 + i, cache_scope=scope)
         for i, prompt in enumerate(prompts)
     ]
 
@@ -333,3 +334,16 @@ def test_heads_that_vllm_cannot_run_are_refused_at_the_start(tmp_path):
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="heads of 8"):
         build_engine("vllm", model_dir=str(tmp_path), **OPTIONS)
+
+
+def test_keys_and_values_are_used_again_within_a_scope_only(subject, monkeypatch):
+    if not isinstance(subject.engine, vllm_engine.VllmEngine):
+        return  # it keeps none
+    subject.use(0)
+    used, completion = [], vllm_engine._completion
+    monkeypatch.setattr(
+        vllm_engine, "_completion", lambda output: used.append(output.num_cached_tokens) or completion(output)
+    )
+    for scope in ("rollout/1/p0", "rollout/1/p0", "rollout/1/p8", "rollout/1/p0"):
+        subject.run(requests_for([LONG], max_tokens=1, scope=scope))
+    assert used == [0, vllm_engine.CPU_BLOCK_TOKENS, 0, vllm_engine.CPU_BLOCK_TOKENS]
