@@ -106,7 +106,7 @@ class GeneratorConfig:
     top_p: float = knob(1.0, "nucleus", above=0, high=1)
     max_tokens: int = knob(64, "longest completion, tokens", low=1)
     stop: list[str] = knob([], "strings that end a completion")  # noqa: RUF009
-    restarts: int = knob(3, "actor deaths the pool mends before it gives up", low=0)
+    restarts: int = knob(10, "actor deaths the pool mends before it gives up", low=0)
     start_deadline_s: float = knob(300, "an actor must be ready after so long", above=0)
     deadline_s: float = knob(600, "one wave of requests must be done after so long", above=0)
 
@@ -139,7 +139,7 @@ class ScorerConfig:
     function: str | None = knob(None, "module.name of `f(prompt, completion, answer) -> float | None`")
     num_actors: int = knob(1, "scorer actors", low=1, high=100_000)
     cpus_per_actor: float = knob(0.1, "CPU cores of one scorer", low=0)
-    restarts: int = knob(3, "actor deaths the pool mends before it gives up", low=0)
+    restarts: int = knob(10, "actor deaths the pool mends before it gives up", low=0)
     start_deadline_s: float = knob(300, "an actor must be ready after so long", above=0)
     deadline_s: float = knob(120, "one wave must be scored after so long, beside call_timeout_s for each call", above=0)
     call_timeout_s: float = knob(10, "your function, or one completion's tests, must answer after so long", above=0)

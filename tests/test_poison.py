@@ -34,31 +34,47 @@ CONFIG = compose([])
 DRAW = Draw(purpose="rollout", iteration=1, num_samples=1, sampling=sampling_of(CONFIG.generator))
 
 
-def prompts(poisoned):
+def prompts(*poisoned):
     return [
-        Prompt(id=f"p{index}", text=str(index), token_ids=(1, POISON if index == poisoned else 2), answer="x")
+        Prompt(id=f"p{index}", text=str(index), token_ids=(1, POISON if index in poisoned else 2), answer="x")
         for index in range(8)
     ]
 
 
 @pytest.fixture
-def rollouts(ray_cluster):
-    events = []
+def generators(ray_cluster):
+    """Two fragile ones that may be replaced so often."""
 
-    def make(index):
-        return ray.remote(Fragile).options(num_cpus=0.1).remote(f"generator-{index}")
+    def start(restarts):
+        events, quarantined = [], {}
 
-    pool = ActorPool(role="generator", make=make, num_actors=2, restarts=3, start_deadline_s=60, emit=events.append)
-    pool.wait_ready()
-    roles = Roles(generators=pool, scorers={}, judges=None, learner=None)
-    quarantined = {}
-    return Rollouts(roles, CONFIG, Tracker(), quarantined=quarantined), pool, events, quarantined
+        def make(index):
+            return ray.remote(Fragile).options(num_cpus=0.1).remote(f"generator-{index}")
+
+        pool = ActorPool(
+            role="generator",
+            make=make,
+            num_actors=2,
+            restarts=restarts,
+            start_deadline_s=60,
+            emit=events.append,
+        )
+        pool.wait_ready()
+        roles = Roles(generators=pool, scorers={}, judges=None, learner=None)
+        return Rollouts(roles, CONFIG, Tracker(), quarantined=quarantined), pool, events, quarantined
+
+    return start
+
+
+@pytest.fixture
+def rollouts(generators):
+    return generators(10)
 
 
 def test_a_prompt_that_kills_its_engine_is_set_aside_and_not_asked_again(rollouts):
     rollouts, pool, events, quarantined = rollouts
-    (clean,) = rollouts.sample(prompts(poisoned=None), [DRAW])
-    (groups,) = rollouts.sample(prompts(poisoned=5), [DRAW])
+    (clean,) = rollouts.sample(prompts(), [DRAW])
+    (groups,) = rollouts.sample(prompts(5), [DRAW])
     assert groups[5].completions == (
         Completion(token_ids=(), text="", logprobs=(), finish_reason=FinishReason.ABORTED, policy=V1),
     )
@@ -66,13 +82,27 @@ def test_a_prompt_that_kills_its_engine_is_set_aside_and_not_asked_again(rollout
     assert [event.kind for event in events].count(EventKind.LOST) == 3
     (told,) = [event for event in events if event.kind is EventKind.QUARANTINED]
     assert told.text.startswith("p5 is set aside: generator-")
-    assert pool.restarts_left == 3
+    assert pool.restarts_left == 10
     assert list(quarantined) == ["p5"]
     assert quarantined["p5"].startswith("it killed 3 generators: ")
     deaths = len(events)
-    (again,) = rollouts.sample(prompts(poisoned=5), [DRAW])
+    (again,) = rollouts.sample(prompts(5), [DRAW])
     assert again == groups
     assert len(events) == deaths
+
+
+@pytest.mark.parametrize("restarts", [3, 10])
+def test_prompts_that_kill_at_the_same_time_are_all_found_within_the_budget(generators, restarts):
+    """Each of the two workers has one: their deaths must not use up the budget before the culprits are known."""
+    rollouts, pool, _, quarantined = generators(restarts)
+    (groups,) = rollouts.sample(prompts(4, 5), [DRAW])
+    assert sorted(quarantined) == ["p4", "p5"]
+    assert [group.completions[0].finish_reason is FinishReason.ABORTED for group in groups] == [
+        *[False] * 4,
+        *[True] * 2,
+        *[False] * 2,
+    ]
+    assert pool.restarts_left == restarts
 
 
 def test_a_question_that_kills_its_judge_has_no_answer_and_the_others_have_theirs(rollouts):
@@ -82,15 +112,15 @@ def test_a_question_that_kills_its_judge_has_no_answer_and_the_others_have_their
     judge = PooledTextModel(
         pool, make_tokenizer(64), version=lambda: "v1", template=TaskConfig(), max_length=64, deadline_s=120
     )
-    asked = make_requests(prompts(poisoned=5), DRAW, seed=0)
+    asked = make_requests(prompts(5), DRAW, seed=0)
     replies = judge.generate(asked)
     assert [reply.finish_reason for reply in replies].count(FinishReason.ABORTED) == 1
     assert (replies[5].finish_reason, replies[5].text) == (FinishReason.ABORTED, "")
-    read = judge.logprobs([(prompt.token_ids, (7, 2)) for prompt in prompts(poisoned=5)])
+    read = judge.logprobs([(prompt.token_ids, (7, 2)) for prompt in prompts(5)])
     assert [values.tolist() for values in read[:5] + read[6:]] == [[-1.0, -1.0]] * 7
     assert read[5].shape == (2,)
     assert np.isnan(read[5]).all()
-    assert pool.restarts_left == 3
+    assert pool.restarts_left == 10
 
 
 class Pool:
@@ -130,12 +160,12 @@ def test_what_was_set_aside_counts_as_not_solved_and_is_kept_with_the_reason(tmp
     roles = Roles(generators=Pool(), scorers={}, judges=None, learner=None)
     rollouts = Rollouts(roles, CONFIG, Tracker(), quarantined={})
     examiner = Strict()
-    found = evaluate(rollouts, examiner, prompts(poisoned=5), CONFIG, 1)
+    found = evaluate(rollouts, examiner, prompts(5), CONFIG, 1)
     assert examiner.reports == 1, "else what it says here would be told of the training data"
     assert (found.greedy.value, found.sampled.value, found.greedy.n) == (7 / 8, 7 / 8, 8)
     assert (found.abstained, found.tokens) == (2, 2 * 7 * 2)
     assert [prompt.id for prompt, _ in found.sampled_completions] == ["p0", "p1", "p2", "p3", "p4", "p6", "p7"]
-    (groups,) = rollouts.sample(prompts(poisoned=5), [DRAW])
+    (groups,) = rollouts.sample(prompts(5), [DRAW])
     scored = Strict().score(groups)
     assert accuracy(scored).value == 7 / 8
     assert rollout_metrics(scored)["rollout/abstained_fraction"] == pytest.approx(1 / 8)
