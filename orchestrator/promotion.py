@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -24,14 +25,15 @@ def comparison_figures(
 
     Returns:
         `eval/win_rate` with `_low` and `_high` (95 %, Wilson, ties as half wins, which makes it conservative), over
-        greedy answers that the scorer scored, and `eval/length_ratio`, of the mean lengths of sampled answers in
+        greedy answers of which at least one was scored: an answer that says nothing to the scorer loses against one
+        that does. And `eval/length_ratio`, of the mean lengths of sampled answers in
         tokens. Empty where there is nothing to compare.
     """
-    before = {scored.group.prompt.id: scored.scores[0].value for scored in greedy_before}
+    before, now = _values(greedy_before), _values(greedy)
     wins = [
-        (value > other) + 0.5 * (value == other)
-        for scored in greedy
-        if (value := scored.scores[0].value) is not None and (other := before.get(scored.group.prompt.id)) is not None
+        (value > before[prompt]) + 0.5 * (value == before[prompt])
+        for prompt, value in now.items()
+        if prompt in before and max(value, before[prompt]) > -math.inf
     ]
     lengths_before = _lengths(sampled_before)
     shared = {prompt: length for prompt, length in _lengths(sampled).items() if prompt in lengths_before}
@@ -67,14 +69,27 @@ def alarms(config: PromotionConfig, metrics: Mapping[str, float], earlier: Itera
             f"its answers are {metrics['eval/length_ratio']:.2f} times as long as those of the policy before"
             f" (promotion.max_length_ratio={config.max_length_ratio:g})"
         )
-    known = [figures["judge/accuracy"] for figures in earlier if "judge/accuracy" in figures]
-    now = metrics.get("judge/accuracy")
+    known = [skill for figures in earlier if (skill := _judge_skill(figures)) is not None]
+    now = _judge_skill(metrics)
     if now is not None and known and now < max(known) - config.max_judge_drop:
         found.append(
-            f"the judge orders {now:.1%} of the anchors right, {max(known):.1%} before"
+            f"the judge orders {now:.1%} of the anchors right, {max(known):.1%} before; what it leaves open counts half"
             f" (promotion.max_judge_drop={config.max_judge_drop:g})"
         )
     return found
+
+
+def _values(scored: Sequence[ScoredGroup]) -> dict[str, float]:
+    """The score of each prompt's answer; below all others where there is none."""
+    values = {one.group.prompt.id: one.scores[0].value for one in scored}
+    return {prompt: -math.inf if value is None else value for prompt, value in values.items()}
+
+
+def _judge_skill(figures: Mapping[str, float]) -> float | None:
+    """Share of the anchors that the judge orders right; a coin's where it says nothing. None: it was not measured."""
+    answered = figures.get("judge/answered", 1.0)
+    accuracy = figures.get("judge/accuracy", None if answered else 0.5)
+    return None if accuracy is None else answered * accuracy + (1 - answered) * 0.5
 
 
 def _lengths(scored: Sequence[ScoredGroup]) -> dict[str, int]:

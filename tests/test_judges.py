@@ -270,12 +270,14 @@ def test_a_judge_is_measured_by_the_truth():
     # In bins of their own: |0.9 - 1| and |0.7 - 0|, half of the comparisons with a probability each.
     assert found["judge/calibration_error"] == pytest.approx((0.1 + 0.7) / 2)
     assert truth_figures(guess, [scores_of(groups[0], 1, 1, 1), scores_of(groups[1], None, 1)]) == {}
+    mute = [scores_of(group, *[None] * len(group.completions)) for group in groups]
+    assert truth_figures(mute, truth) == {"judge/answered": 0.0}
 
 
 def test_a_judge_that_gives_no_probability_has_no_calibration():
     group = group_of("a", "b", "c")
     found = truth_figures([scores_of(group, 3, 1, 2)], [scores_of(group, 3, 2, 1)])
-    assert found == {"judge/accuracy": pytest.approx(2 / 3)}
+    assert found == {"judge/answered": 1.0, "judge/accuracy": pytest.approx(2 / 3)}
 
 
 def test_the_best_win_rate_with_and_without_the_draw_with_itself():
@@ -321,10 +323,8 @@ def test_calls_that_all_hang_are_waited_for():
             asked.append(deadline_s)
             return [scores_of(group, *range(len(group.completions))) for group in work]
 
-    for call_timeout_s in (10.0, 0.0):
-        judge = PooledJudge(
-            "verifier", Pool(), deadline_s=120, call_timeout_s=call_timeout_s, reliability=None, quarantined={}
-        )
+    for call_s in (10.0, 0.0):
+        judge = PooledJudge("verifier", Pool(), deadline_s=120, call_s=call_s, reliability=None, quarantined={})
         judge.score(groups)
     assert asked == [150, 120]
 

@@ -152,25 +152,30 @@ def truth_figures(judged: Sequence[ScoredGroup], truth: Sequence[ScoredGroup]) -
     `judge/accuracy` counts a judge's tie as half right. `judge/calibration_error` is the expected calibration error
     (Guo et al. 2017, arXiv:1706.04599, eq. 3; ten bins) of its probability for the answer that it prefers, left out for
     a judge that orders by scores and gives no probability. Only comparisons that both decide, and that are no tie in
-    truth, count.
+    truth, count; `judge/answered` is the share that the judge decides of those that the truth does.
 
     Args:
         judged: by the judge.
         truth: the same groups in the same order, scored by a rule or by people.
     """
+    asked = 0
     rights: list[float] = []
     sure: list[tuple[float, float]] = []
     for guess, fact in zip(judged, truth, strict=True):
         true = opinions(fact)
         for pair, first in opinions(guess).items():
             actual = true[pair]
-            if first is None or actual is None or sign_of(actual, 0.5) == 0.5:
+            if actual is None or sign_of(actual, 0.5) == 0.5:
+                continue
+            asked += 1
+            if first is None:
                 continue
             right = 1 - abs(sign_of(first, 0.5) - sign_of(actual, 0.5))
             rights.append(right)
             if guess.preferences is not None:
                 sure.append((max(first, 1 - first), right))
-    found = {"judge/accuracy": fmean(rights)} if rights else {}
+    found = {"judge/answered": len(rights) / asked} if asked else {}
+    found |= {"judge/accuracy": fmean(rights)} if rights else {}
     return found | ({"judge/calibration_error": calibration_error(sure)} if sure else {})
 
 
