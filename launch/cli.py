@@ -147,8 +147,8 @@ def audit(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run fol
 
     found = check(run_dir)
     for finding in found.findings:
-        typer.echo(finding)
-    typer.echo(found)
+        echo(finding)
+    echo(str(found))
     if found.findings:
         raise typer.Exit(1)
 

@@ -69,7 +69,7 @@ class Judges:
                 kind,
                 self._roles.scorers[kind],
                 deadline_s=config.scorer.deadline_s,
-                call_timeout_s=config.scorer.call_timeout_s if of_others else 0.0,
+                call_s=config.scorer.call_timeout_s + config.scorer.start_deadline_s if of_others else 0.0,
                 reliability=reliability,
                 quarantined=self._quarantined,
             )

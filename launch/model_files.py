@@ -31,6 +31,8 @@ CAUSAL = ("CausalLM", "LMHeadModel")
 _HUB_TIMEOUT_S = 5.0
 _SHOWN = 200
 _ENDS = 1 << 20  # bytes
+_SAMPLE, _SAMPLES = 1 << 16, 256  # bytes, and how many of them
+_READ_WHOLE = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,17 +124,20 @@ def folder_version(folder: str | Path) -> PolicyVersion:
 def fingerprint(folder: Path) -> str:
     """16 hex digits that tell one model from another, without reading all of it.
 
-    Of its config and tokenizer, and of the size, the beginning and the end of each file of weights: training moves
-    every tensor, if only by a bit.
+    Of config, tokenizer and chat template, and of the size, the ends and some hundred places between
+    them of each file of weights: training moves every tensor, if only by a bit.
     """
     digest = xxhash.xxh3_64()
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(one for one in folder.iterdir() if one.suffix in _READ_WHOLE):
         digest.update(path.name.encode() + path.read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
             digest.update(file.read(_ENDS))
+            for place in range(_ENDS, size - _ENDS, max(_SAMPLE, (size - 2 * _ENDS) // _SAMPLES)):
+                file.seek(place)
+                digest.update(file.read(_SAMPLE))
             file.seek(max(0, size - _ENDS))
             digest.update(file.read(_ENDS))
     return digest.hexdigest()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from orchestrator import ledger
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,14 +16,23 @@ if TYPE_CHECKING:
     from conf.schema import Config
 
 
+_LEFT = ("checkpoints", "pairs", "rollouts")
+
+
 def check_resumable(config: Config, run_dir: Path) -> None:
     """Whether the last iteration that counts is within the plan.
 
     Raises:
-        DataError: the ledger cannot be read.
+        DataError: the ledger cannot be read, or is gone where there is what only a run with a ledger leaves.
         ConfigError: more iterations are finished than are asked for.
     """
     if not (run_dir / ledger.FILE_NAME).exists():
+        left = [name for name in _LEFT if any((run_dir / name).glob("*"))]
+        if left:
+            raise DataError(
+                f"{run_dir} has no {ledger.FILE_NAME}, which says what of its {' and '.join(left)} counts: bring it"
+                " back from where the folder was copied from, or start a new run"
+            )
         return  # it stopped before it began
     with ledger.LedgerReader(run_dir) as reader:
         last = reader.resume_point()

@@ -51,14 +51,20 @@ class Archive:
         wrong = damage(path, record)
         if wrong:
             self._accounts.drop_file(record.path)
-            self._emit(
-                Event(
-                    kind=EventKind.DAMAGED,
-                    iteration=record.iteration,
-                    text=f"{path}: {wrong}; what it held is made again",
-                )
-            )
+            self._tell(path, record, f"{wrong}; what it held is made again")
         return not wrong
+
+    def usable(self, path: Path) -> bool:
+        """Whether a file of what is finished is what it was; a damaged one is reported, and goes on to count."""
+        record = self._accounts.file(self._name(path))
+        if record is None:
+            return False
+        if wrong := damage(path, record):
+            self._tell(path, record, f"{wrong}; it belongs to a finished iteration and is not made again")
+        return not wrong
+
+    def _tell(self, path: Path, record: FileRecord, text: str) -> None:
+        self._emit(Event(kind=EventKind.DAMAGED, iteration=record.iteration, text=f"{path}: {text}"))
 
     def drop(self, path: Path) -> None:
         """A file counts no more, and is removed."""
@@ -80,10 +86,14 @@ def measure(path: Path) -> tuple[int, str]:
 
 
 def damage(path: Path, record: FileRecord) -> str:
-    """What is wrong with a file that counts; empty where nothing is."""
+    """What is wrong with a file that counts; empty where nothing is.
+
+    Raises:
+        OSError: it is there and could not be read, which says nothing of what it holds.
+    """
     try:
         size, digest = measure(path)
-    except OSError as error:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         return f"cannot be read ({error.strerror})"
     if size != record.bytes:
         return f"has {size:,} bytes, {record.bytes:,} were written"

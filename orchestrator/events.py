@@ -13,7 +13,6 @@ Keys: `time` (seconds since the epoch), `kind`, `text`, and where they are known
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TextIO
 
-from orchestrator.files import cut_torn_line, dump_json
+from orchestrator.files import cut_torn_line, dump_json, read_json_lines
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -103,7 +102,4 @@ class EventLog:
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
     """The whole lines of a run's events, oldest first; none where nothing happened."""
-    path = run_dir / FILE_NAME
-    # Not `splitlines`, which breaks at characters that JSON leaves as they are. What is behind the last one is torn.
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    return read_json_lines(run_dir / FILE_NAME)

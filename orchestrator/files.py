@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from contextlib import contextmanager
@@ -42,11 +43,33 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+_LOG = logging.getLogger(__name__)
+
+
 def cut_torn_line(path: Path) -> None:
     """Cuts what a killed writer left of a last line, so that the next one begins on a line of its own."""
     with path.open("rb+") as file:
         whole = file.read().rfind(b"\n") + 1
         file.truncate(whole)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of one a line, oldest first; none where there is no file.
+
+    What is behind the last line break is torn and left out. A line that was damaged since (a power cut may leave zeros)
+    is left out as well, and named in the log: these files are for people, and nothing is resumed from them.
+    """
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else (), 1):
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            value = error
+        if isinstance(value, dict):
+            found.append(value)
+        else:
+            _LOG.warning("%s: line %d is damaged and left out (%s)", path, number, value)
+    return found
 
 
 def dump_json(value: Any, *, indent: int | None = None) -> str:

@@ -164,7 +164,7 @@ class Iteration:
         keep_answers(context, self._number, evaluation)
         for done in context.ledger.latest_finished():
             before = [store.evaluation_path(done.iteration, kind) for kind in ("greedy", "sampled")]
-            if not done.metrics.get(ROLLED_BACK) and all(context.archive.intact(path) for path in before):
+            if not done.metrics.get(ROLLED_BACK) and all(context.archive.usable(path) for path in before):
                 return comparison_figures(
                     evaluation.greedy_answers, evaluation.sampled_answers, *(read_rollouts(path) for path in before)
                 )

@@ -83,6 +83,7 @@ class Learning:
         """Whether it has been trained since its weights were published last."""
         self._is_restored = True
         """False of a learner that was started anew and does not hold the last checkpoint that counts yet."""
+        self.tidy(partial=True)  # nobody writes yet
         self.actor = self._begin()
         self.queue = self._new_queue()
 

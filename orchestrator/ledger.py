@@ -279,11 +279,11 @@ class Ledger(LedgerReader):
             self.db.execute("BEGIN IMMEDIATE")
             try:
                 yield
-            except BaseException:
+                self.db.execute("COMMIT")
+            except BaseException:  # a signal too, which may come at any instant
                 if self.db.in_transaction:  # a disk that is full has ended it already
                     self.db.execute("ROLLBACK")
                 raise
-            self.db.execute("COMMIT")
 
     def check_identity(self, config_hash: str) -> None:
         """Refuses a folder that holds another run than this one.

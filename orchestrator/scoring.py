@@ -45,7 +45,8 @@ class PooledJudge:
         name: what it is, for messages; each `ScoredGroup` carries the scorer's own name and version.
         pool: of `actors.scorer.ScorerActor`.
         deadline_s: seconds for one wave.
-        call_timeout_s: more for each completion of the longest share, where code of others may take so long; else 0.
+        call_s: more for each completion of the longest share, where code of others may take so long, the start of
+            another process for it included; else 0.
         reliability: collects what it says; None for a rule, of whose word there is nothing to doubt.
         quarantined: prompts that were set aside, and why; those whose completions kill their scorers are added.
     """
@@ -56,14 +57,14 @@ class PooledJudge:
         pool: ActorPool[RolloutGroup, ScoredGroup],
         *,
         deadline_s: float,
-        call_timeout_s: float = 0.0,
+        call_s: float = 0.0,
         reliability: Reliability | None,
         quarantined: dict[str, str],
     ) -> None:
         self.name = name
         self._pool = pool
         self._deadline_s = deadline_s
-        self._call_timeout_s = call_timeout_s
+        self._call_s = call_s
         self._reliability = reliability
         self._quarantined = quarantined
 
@@ -91,10 +92,10 @@ class PooledJudge:
 
     def _deadline(self, groups: Sequence[RolloutGroup]) -> float:
         """So late that calls which all hang cost their scores, and not the run."""
-        if not self._call_timeout_s:
+        if not self._call_s:
             return self._deadline_s
         longest_share = -(-sum(len(group.completions) for group in groups) // max(1, len(self._pool.living)))
-        return self._deadline_s + self._call_timeout_s * longest_share
+        return self._deadline_s + self._call_s * longest_share
 
     def _set_aside(self, group: RolloutGroup, poisoned: Poisoned) -> ScoredGroup:
         reason = f"it killed {poisoned.deaths} scorers: {poisoned.last_words}"
@@ -169,6 +170,8 @@ class PooledTextModel:
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
         """See `TextModel.generate`."""
         questions = [request.prompt_token_ids for request in requests]
+        scope = requests[0].id if requests else ""
+        requests = [replace(request, cache_scope=scope) for request in requests]
         replies = self._map("generate", requests, f"completing {len(requests)} judgements", questions)
         return [_UNANSWERED if isinstance(reply, Poisoned) else reply for reply in replies]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from contextlib import ExitStack
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from orchestrator.files import atomic_file, dump_json
+from orchestrator.files import atomic_file, dump_json, read_json_lines
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -118,7 +117,7 @@ class Trackers(Tracker):
 
 
 class JsonlTracker(Tracker):
-    """`<run>/metrics.jsonl`: one JSON object a log, on disk when `log` returns.
+    """`<run>/metrics.jsonl`: one JSON object a log, handed to the system when `log` returns.
 
     Keys: `iteration`, `step`, `time` (seconds since the epoch) and the metrics; a figure that is not finite is null.
     """
@@ -138,7 +137,7 @@ class JsonlTracker(Tracker):
             return
         if self._file is not None:
             self._file.close()
-        kept = [line for line in _lines(self._path) if line["iteration"] < iteration]
+        kept = [line for line in read_json_lines(self._path) if line.get("iteration", 0) < iteration]
         with atomic_file(self._path) as file:
             file.writelines(dump_json(line).encode() + b"\n" for line in kept)
         self._file = self._path.open("a", encoding="utf-8")
@@ -155,10 +154,3 @@ class JsonlTracker(Tracker):
         if self._file is not None:
             self._file.close()
             self._file = None
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; none when there is no file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]

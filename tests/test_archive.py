@@ -1,5 +1,7 @@
 """A file counts while it is what was sealed, and what is wrong with it is said once."""
 
+import errno
+
 import pytest
 
 from orchestrator.accounts import Accounts
@@ -86,3 +88,29 @@ def test_sealed_anew_it_is_the_new_one_that_counts(parts, path):
     assert not archive.intact(path)
     archive.drop(path)
     assert events == []
+
+
+def test_a_disk_that_fails_says_nothing_of_what_it_holds(parts, path, monkeypatch):
+    archive, _, events = parts
+    archive.seal(3, [path])
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("orchestrator.archive.measure", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            archive.intact(path)
+    assert events == []
+    assert archive.intact(path), "it counts as before"
+
+
+def test_a_damaged_file_of_what_is_finished_goes_on_to_count(parts, path):
+    archive, _, events = parts
+    archive.seal(3, [path])
+    assert archive.usable(path)
+    flip(path)
+    assert not archive.usable(path)
+    assert not archive.usable(path)
+    assert ["is not made again" in event.text for event in events] == [True, True]
+    assert not archive.usable(path.with_name("unknown.parquet"))

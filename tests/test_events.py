@@ -2,7 +2,10 @@
 
 import threading
 
+import pytest
+
 from orchestrator.events import FILE_NAME, Event, EventKind, EventLog, read_events
+from orchestrator.files import read_json_lines
 
 
 def lost(number):
@@ -46,3 +49,11 @@ def test_a_line_that_a_kill_tore_is_cut(tmp_path):
 
 def test_a_run_without_events_has_none(tmp_path):
     assert read_events(tmp_path) == []
+
+
+@pytest.mark.parametrize("harm", [b"\0" * 40, b'{"kind": "lo', b"\xff\xfe", b"", b"[1]"])
+def test_a_damaged_line_is_left_out_and_named(tmp_path, harm, caplog):
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + harm + b'\n{"a": 2}\n{"a": 3')
+    assert read_json_lines(path) == [{"a": 1}, {"a": 2}]
+    assert f"{path}: line 2 is damaged and left out" in caplog.text

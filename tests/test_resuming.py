@@ -8,9 +8,11 @@ import torch
 from actors.judges import build_scorer
 from conf.compose import compose, resolved_yaml
 from launch import cli
+from launch.model_files import fingerprint
 from launch.resuming import check_resumable
 from launch.run import _identity
 from learners.checkpoint import State, write_folder
+from orchestrator.errors import DataError
 from orchestrator.ledger import Ledger, RunStatus
 from orchestrator.summary import build_summary, write_summary
 from orchestrator.types import PolicyVersion
@@ -116,3 +118,28 @@ def test_a_prompt_that_moved_from_one_file_to_the_other_makes_another_run(tmp_pa
         test.write_text("".join(f'{{"prompt": "{number}"}}\n' for number in range(cut, 3)))
         identities.add(_identity(config, None))
     assert len(identities) == 2
+
+
+@pytest.mark.parametrize("left", ["checkpoints", "pairs", "rollouts"])
+def test_a_ledger_that_is_gone_is_missed(tmp_path, left):
+    check_resumable(compose([]), tmp_path)  # it stopped before it began
+    (tmp_path / left).mkdir()
+    check_resumable(compose([]), tmp_path)
+    (tmp_path / left / "iteration-0001").mkdir()
+    with pytest.raises(DataError, match=rf"has no ledger.sqlite, which says what of its {left} counts"):
+        check_resumable(compose([]), tmp_path)
+
+
+def test_another_template_or_another_tensor_makes_another_model(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    weights = bytearray(8 << 20)
+    (model / "model.safetensors").write_bytes(weights)
+    seen = {fingerprint(model)}
+    (model / "chat_template.jinja").write_text("<user>")
+    seen.add(fingerprint(model))
+    weights[3 << 20 : 4 << 20] = bytes([1]) * (1 << 20)
+    (model / "model.safetensors").write_bytes(weights)
+    seen.add(fingerprint(model))
+    assert len(seen) == 3
