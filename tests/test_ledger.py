@@ -150,6 +150,28 @@ def test_another_schema_is_refused(tmp_path):
         Ledger(tmp_path)
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_a_signal_at_the_end_of_a_transaction_leaves_none_open(tmp_path, monkeypatch, before):
+    """It comes just before it is committed, or just after; what is noted next must not join it."""
+    with Ledger(tmp_path) as ledger:
+        execute = ledger.db.execute
+
+        def interrupted(statement, *values):
+            if statement != "COMMIT":
+                return execute(statement, *values)
+            if not before:
+                execute(statement)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ledger.db, "execute", interrupted)
+            with pytest.raises(KeyboardInterrupt), ledger.transaction():
+                ledger.start_phase(1, "train")
+        ledger.start_phase(2, "collect")
+    with LedgerReader(tmp_path) as reader:
+        assert [phase.iteration for phase in reader.phases()] == ([2] if before else [1, 2])
+
+
 def test_another_thread_waits_until_a_transaction_is_over(tmp_path):
     """What it writes is not undone with the transaction, and not seen in it."""
     done = threading.Event()

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from conf.compose import compose, resolved_yaml
 from conf.schema import TaskConfig
 from launch import cli
+from launch.audit import Audit
 from launch.console import LinesConsole, LiveConsole
 from launch.model_files import find_model, read_header, read_json, read_shapes
 from orchestrator.errors import ConfigError, DataError, ModelError
@@ -328,6 +329,9 @@ def test_no_command_writes_escapes_of_others(tmp_path, monkeypatch, capsys):
     answer = runner.invoke(cli.app, ["generate", str(tmp_path), "x"]).output
     assert silent(answer)
     assert "\\u001b[2J" in answer
+    found = Audit(lost=[f"pair {clean}"])
+    monkeypatch.setattr("launch.audit.audit", lambda *_: found)
+    assert silent(runner.invoke(cli.app, ["audit", str(tmp_path)]).output)
     monkeypatch.setattr("launch.status.status", lambda *_, **__: f"error  {ESCAPES}")
     assert silent(runner.invoke(cli.app, ["status", str(tmp_path)]).output)
 
