@@ -243,6 +243,11 @@ def _try_probe(engine: Engine, publication: Publication, holder: str) -> None:
     probe = publication.probe
     if not probe.logprobs:
         return
+    if not np.isfinite(probe.logprobs).all():
+        raise PublicationError(
+            f"weights {publication.version} give log-probs that are not finite, in the learner itself: training has"
+            " diverged. Start a new run with a lower learner.lr; finished iterations can be exported (agon export)."
+        )
     found = np.asarray(engine.score([probe.token_ids])[0], dtype=np.float64)
     worst = float(np.max(np.abs(found - np.asarray(probe.logprobs))))
     if not worst <= probe.tolerance:

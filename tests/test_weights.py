@@ -95,6 +95,12 @@ def test_an_engine_that_ignores_the_update_is_named():
         install(engine, published, published.buckets, holder="generator-0")
 
 
+def test_weights_that_diverged_are_no_fault_of_the_engine():
+    published = publication(NAMED, logprobs=(-1.0, float("nan")))
+    with pytest.raises(PublicationError, match=r"weights v7-.* not finite, in the learner itself.*learner\.lr"):
+        install(CountingEngine(), published, published.buckets, holder="generator-0")
+
+
 def test_weights_that_were_sent_are_compared_by_their_checksums():
     """Over NCCL and IPC: the probe alone cannot tell an update that moves it by less than its tolerance."""
     engine, published = CountingEngine(), replace(publication(NAMED), buckets=())
