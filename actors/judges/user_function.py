@@ -26,10 +26,6 @@ LARGEST = 1e30
 _ABORTED = Score(value=None, reason="the completion was aborted")
 
 
-class _Spent(Exception):  # noqa: N818 - no error: the process is to be replaced
-    """A call found that the process holds all that it may take."""
-
-
 class FunctionScorer:
     """Asks the function; what it raises or returns amiss, and a call that ends its process, is an abstention.
 
@@ -83,20 +79,15 @@ class FunctionScorer:
                 if reply.get("call") != index:
                     raise self._process.stop(FORGED)
                 scores[index] = _score(reply)
-                if reply.get("spent"):
-                    raise _Spent
-        except _Spent:
-            self._end_process()
+                if reply.get("spent"):  # it holds all that it may: later calls would fail for what earlier ones took
+                    self._process.close()
+                    self._process = None
+                    break
         except Stopped as stopped:
             self._process = None
             limits = f"scorer.call_timeout_s={self._limits.time_s:g}, scorer.call_memory_mb={self._limits.memory_mb}"
             scores[waiting[len(scores)]] = Score(value=None, reason=f"the function {stopped} ({limits})")
         return scores
-
-    def _end_process(self) -> None:
-        if self._process is not None:
-            self._process.close()
-        self._process = None
 
     def _start(self) -> tuple[Confined, str]:
         """A process with the function in it, and the digest of the file that it comes from."""

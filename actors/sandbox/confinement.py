@@ -52,7 +52,8 @@ def confine(work_dir: str, *, memory_mb: int, cpu_s: int) -> list[str]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_MB << 20, FILE_MB << 20))
     resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, resource.RLIM_INFINITY))
-    lacking += [restrict_files(work_dir), filter_calls()]
+    unruly = restrict_files(work_dir)
+    lacking += [unruly if lacking[0] else "", filter_calls()]  # with namespaces Landlock is a second wall
     return [words for words in lacking if words]
 
 
