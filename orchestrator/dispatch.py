@@ -3,7 +3,7 @@
     share of the work, by key      --> its slot, one share at a time
         worker died                --> the same share again, on the slot's new actor
         its slot is vacant         --> split over the slots that live
-    keys that were in work at two deaths --> each alone with a worker (at one, where few restarts are left)
+    keys that were in work at two deaths --> each alone with a worker
         worker died again          --> that key, in work alone, is to blame: set aside
     much slower than the others    --> idle workers are asked as well; what comes first counts (`speculation.py`)
 
@@ -49,8 +49,6 @@ _LOOKS = 50
 """Answers are waited for until one in so many has come: all that are missing are looked at each time."""
 _SUSPECT_DEATHS = 2
 """From so many deaths on, a key is given to a worker alone: one by one takes long, and one death may be chance."""
-_SHORT = 3
-"""With fewer restarts left, from the first death on: what kills must be found before the budget is used up."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -325,11 +323,10 @@ class Dispatch(Generic[Work, Result]):
     def _requeue(self, lost: Iterable[_Lost]) -> None:
         """Queues the work of the dead again: what is under suspicion key by key, the rest where it was."""
         alone: dict[str, list[int]] = {}
-        enough = _SUSPECT_DEATHS if self._pool.restarts_left >= _SHORT else 1
         for death in lost:
             rest = []
             for position in self._open(() if death.share.is_copy else death.share.positions):
-                if self._keys is not None and self._deaths[self._keys[position]] >= enough:
+                if self._keys is not None and self._deaths[self._keys[position]] >= _SUSPECT_DEATHS:
                     alone.setdefault(self._keys[position], []).append(position)
                 else:
                     rest.append(position)

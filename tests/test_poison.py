@@ -42,33 +42,17 @@ def prompts(*poisoned):
 
 
 @pytest.fixture
-def generators(ray_cluster):
-    """Two fragile ones that may be replaced so often."""
+def rollouts(ray_cluster):
+    """Of two fragile generators."""
+    events, quarantined = [], {}
 
-    def start(restarts):
-        events, quarantined = [], {}
+    def make(index):
+        return ray.remote(Fragile).options(num_cpus=0.1).remote(f"generator-{index}")
 
-        def make(index):
-            return ray.remote(Fragile).options(num_cpus=0.1).remote(f"generator-{index}")
-
-        pool = ActorPool(
-            role="generator",
-            make=make,
-            num_actors=2,
-            restarts=restarts,
-            start_deadline_s=60,
-            emit=events.append,
-        )
-        pool.wait_ready()
-        roles = Roles(generators=pool, scorers={}, judges=None, learner=None)
-        return Rollouts(roles, CONFIG, Tracker(), quarantined=quarantined), pool, events, quarantined
-
-    return start
-
-
-@pytest.fixture
-def rollouts(generators):
-    return generators(10)
+    pool = ActorPool(role="generator", make=make, num_actors=2, restarts=10, start_deadline_s=60, emit=events.append)
+    pool.wait_ready()
+    roles = Roles(generators=pool, scorers={}, judges=None, learner=None)
+    return Rollouts(roles, CONFIG, Tracker(), quarantined=quarantined), pool, events, quarantined
 
 
 def test_a_prompt_that_kills_its_engine_is_set_aside_and_not_asked_again(rollouts):
@@ -91,10 +75,9 @@ def test_a_prompt_that_kills_its_engine_is_set_aside_and_not_asked_again(rollout
     assert len(events) == deaths
 
 
-@pytest.mark.parametrize("restarts", [3, 10])
-def test_prompts_that_kill_at_the_same_time_are_all_found_within_the_budget(generators, restarts):
+def test_prompts_that_kill_at_the_same_time_are_all_found_within_the_budget(rollouts):
     """Each of the two workers has one: their deaths must not use up the budget before the culprits are known."""
-    rollouts, pool, _, quarantined = generators(restarts)
+    rollouts, pool, _, quarantined = rollouts
     (groups,) = rollouts.sample(prompts(4, 5), [DRAW])
     assert sorted(quarantined) == ["p4", "p5"]
     assert [group.completions[0].finish_reason is FinishReason.ABORTED for group in groups] == [
@@ -102,7 +85,7 @@ def test_prompts_that_kill_at_the_same_time_are_all_found_within_the_budget(gene
         *[True] * 2,
         *[False] * 2,
     ]
-    assert pool.restarts_left == restarts
+    assert pool.restarts_left == 10
 
 
 def test_a_question_that_kills_its_judge_has_no_answer_and_the_others_have_theirs(rollouts):
