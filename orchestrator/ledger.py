@@ -21,14 +21,14 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Self
 
 from orchestrator.connection import SharedConnection
 from orchestrator.errors import ConfigError, DataError
-from orchestrator.files import dump_json
+from orchestrator.files import dump_json, sync
 from orchestrator.types import PolicyVersion
 
 if TYPE_CHECKING:
@@ -257,17 +257,16 @@ class Ledger(LedgerReader):
         DataError: the file is no ledger, or it has another schema version.
     """
 
-    _mode = "rwc"
+    _mode = "rw"
 
     def __init__(self, run_dir: Path) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
+        if not (run_dir / FILE_NAME).exists():
+            _make(run_dir / FILE_NAME)
         super().__init__(run_dir)
 
     def _prepare(self) -> None:
-        self.db.execute("PRAGMA journal_mode=WAL")
         self.db.execute("PRAGMA synchronous=FULL")
-        if self.db.execute("SELECT 1 FROM sqlite_master").fetchone() is None:
-            self.db.executescript(f"BEGIN; {_TABLES} INSERT INTO schema VALUES ({SCHEMA_VERSION}); COMMIT;")
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -363,6 +362,21 @@ class Ledger(LedgerReader):
         """Iterations behind `after`, and their stages but `collect`, count no more: what they stood on is lost."""
         self.db.execute("DELETE FROM iterations WHERE iteration > ?", (after,))
         self.db.execute("DELETE FROM phases WHERE iteration > ? AND phase <> 'collect'", (after,))
+
+
+def _make(path: Path) -> None:
+    """A ledger with nothing in it, which appears whole: who reads it meanwhile finds none, or all of its tables."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.unlink(missing_ok=True)  # of a process that was killed
+    try:
+        with closing(sqlite3.connect(temporary)) as db:
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA synchronous=FULL")
+            db.executescript(f"BEGIN; {_TABLES} INSERT INTO schema VALUES ({SCHEMA_VERSION}); COMMIT;")
+    except sqlite3.DatabaseError as error:
+        raise DataError(f"{path}: could not be made: {error}") from error
+    temporary.replace(path)
+    sync(path.parent)
 
 
 def _finished(row: sqlite3.Row) -> FinishedIteration:

@@ -93,6 +93,19 @@ def test_a_ledger_at_rest_is_read_where_nothing_may_be_written(ledger, tmp_path,
         LedgerReader(tmp_path)
 
 
+def test_it_is_there_when_all_of_it_is(tmp_path, monkeypatch):
+    """Else a reader that comes as the run begins would find a ledger without tables."""
+    with monkeypatch.context() as patched:
+        patched.setattr("orchestrator.ledger._TABLES", "CREATE TABLE schema (version INTEGER); CREATE TABLE ?;")
+        with pytest.raises(DataError, match="could not be made"):
+            Ledger(tmp_path)
+    assert not (tmp_path / "ledger.sqlite").exists()
+    Ledger(tmp_path).close()
+    assert [path.name for path in tmp_path.iterdir()] == ["ledger.sqlite"]
+    with LedgerReader(tmp_path) as reader:
+        assert reader.run() is None
+
+
 def test_what_was_finished_survives_a_kill(tmp_path):
     code = (
         "import os, signal, sys; from pathlib import Path; from orchestrator.ledger import Ledger\n"
