@@ -136,7 +136,9 @@ def search(
     ray.get(generator.begin.remote(), timeout=WAIT_S)
     config = compose([*SETTINGS, f"search.in_flight={in_flight}"])
     rollouts = Rollouts(cast("Any", SimpleNamespace(generators=pool)), config, Tracker(), quarantined={})
-    collector = TreeCollector(config, rollouts, Parity(), Store(folder), cast("PromptTokenizer", Words()))
+    collector = TreeCollector(
+        config, rollouts, Parity(), Store(folder), cast("PromptTokenizer", Words()), quarantined=()
+    )
     start, expanded = time.perf_counter(), 0
     for wave in range(0, len(prompts), at_once):
         asked = prompts[wave : wave + at_once]

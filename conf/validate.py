@@ -246,8 +246,15 @@ def _ahead(config: Config) -> Iterator[Problem]:
     """What goes with a learner that is trained while pairs are collected."""
     loss, learner, pipeline = config.loss, config.learner, config.pipeline
     mode, objective = f"pipeline.mode={pipeline.mode}", OBJECTIVES.get(loss.name)
-    if "implicit" in judge_kinds(config) and (pipeline.mode == "semi_online" or grows_old(config)):
+    ahead = pipeline.mode == "semi_online" or grows_old(config)
+    if "implicit" in judge_kinds(config) and ahead:
         message = f"{mode}: scorer.kind={config.scorer.kind} asks the learner, which is being trained then: set sync"
+        yield Problem("pipeline.mode", message)
+    if "majority" in judge_kinds(config) and config.scorer.verifier == "math" and ahead:
+        message = (
+            f"{mode}: scorer.kind=majority with scorer.verifier=math compares formulas in a thread that nothing can"
+            " interrupt then, and one may take for ever: set sync, or scorer.verifier=final_answer"
+        )
         yield Problem("pipeline.mode", message)
     if pipeline.mode == "semi_online":
         wave, prompts = pipeline.wave_prompts, pipeline.prompts_per_iteration

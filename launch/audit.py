@@ -4,8 +4,9 @@ It reads the ledger's tables and the Parquet files as they are, with SQLite and 
 
     damaged     a file that counts is missing, or has another size or digest than the ledger says; of its iteration
                 only the steps are looked at then
-    lost        a pair that was accepted, or of a scored group, is missing where it should be; a batch of a finished
-                iteration was never acknowledged; or an iteration asked for fewer prompts than it should have
+    lost        a pair that was accepted, or the scores of a prompt, are missing where they should be; a batch of a
+                finished iteration was never acknowledged; an iteration asked for fewer prompts than it should have; or
+                the weights of the last one are in no checkpoint that counts
     repeated    a pair is in more acknowledged batches than the iteration has epochs, two batches took one step, or
                 the stream of prompts did not go on with an iteration; or weights on disk contain other batches than
                 the ledger says
@@ -19,7 +20,6 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections import Counter, defaultdict
-from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from conf.compose import compose
-from orchestrator.errors import DataError
+from orchestrator.ledger import LedgerReader
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,11 +75,10 @@ def audit(run: Path) -> Audit:
         ConfigError: it has no configuration that can be read.
     """
     config = compose([], run / "config.yaml")
-    try:
-        with closing(sqlite3.connect(f"{(run / 'ledger.sqlite').absolute().as_uri()}?mode=ro", uri=True)) as db:
-            return _Auditor(run, db, config).run()
-    except sqlite3.DatabaseError as error:
-        raise DataError(f"{run / 'ledger.sqlite'}: not a readable ledger: {error}") from error
+    with LedgerReader(run) as ledger:
+        ledger.check()
+        ledger.db.row_factory = None
+        return _Auditor(run, ledger.db, config).run()
 
 
 class _Auditor:
@@ -111,6 +110,7 @@ class _Auditor:
         for path, iteration, size, digest in self._db.execute("SELECT path, iteration, bytes, digest FROM files"):
             if not self._check_file(path, size, digest) and path.startswith(("pairs/", "rollouts/")):
                 self._checked.discard(iteration)
+                self._found.damaged[-1] += f"; the pairs of iteration {iteration} are not looked at"
         checkpoints = self._db.execute("SELECT path, digest, iteration, batches, step FROM checkpoints")
         for folder, digest, *contains in checkpoints:
             manifest = f"{folder}/manifest.json"
@@ -121,6 +121,10 @@ class _Auditor:
                 ]
                 if all(whole):
                     self._check_weights(folder, contains)
+        latest = self._db.execute("SELECT iteration, checkpoint FROM iterations ORDER BY iteration DESC LIMIT 1")
+        for iteration, folder in latest:
+            if folder and not self._db.execute("SELECT 1 FROM checkpoints WHERE path = ?", (folder,)).fetchone():
+                self._found.lost.append(f"{folder}, which has the weights of iteration {iteration}, does not count")
 
     def _check_weights(self, folder: str, contains: list[int]) -> None:
         """Whether a checkpoint has the batches that the ledger says it has: (iteration, of it, of the run)."""
@@ -182,8 +186,8 @@ class _Auditor:
             for prompt in json.loads(prompts)
             if iteration in self._checked
         }
-        quarantined = {prompt for (prompt,) in self._db.execute("SELECT prompt FROM quarantine")}
-        missing = {(iteration, prompt) for iteration, prompt in issued - groups.keys() if prompt not in quarantined}
+        aside = dict(self._db.execute("SELECT prompt, iteration FROM quarantine"))
+        missing = {(at, prompt) for at, prompt in issued - groups.keys() if prompt not in aside or at < aside[prompt]}
         self._found.lost += [f"completions of {prompt} of iteration {iteration}" for iteration, prompt in missing]
         self._found.lost += [
             f"the note that {prompt} of iteration {iteration} was scored" for iteration, prompt in groups.keys() - noted
@@ -203,6 +207,7 @@ class _Auditor:
             noted[iteration].add(pair)
         for iteration, ids in pairs.items():
             self._found.lost += [f"pair {pair} of the ledger is in no file" for pair in noted[iteration] - set(ids)]
+            self._found.lost += [f"the note that pair {pair} was accepted" for pair in set(ids) - noted[iteration]]
             self._found.repeated += [f"pair {pair} was made twice" for pair, n in Counter(ids).items() if n > 1]
         self._found.pairs = sum(map(len, pairs.values()))
         return pairs

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoTokenizer
 
 from conf.schema import TaskConfig
+from learners.loading import tokenizer_of
 from learners.policy import load_model
 from orchestrator.prompts import Renderer
 from orchestrator.tasks.base import Problem
@@ -31,7 +31,7 @@ def generate(model: str, prompt: str, *, max_tokens: int = 256, temperature: flo
         DataError: the tokenizer refuses the prompt.
     """
     policy = load_model(model)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = tokenizer_of(model)
     tokens = torch.tensor([prompt_tokens(tokenizer, prompt)])
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     torch.manual_seed(seed)

@@ -35,6 +35,7 @@ def check_resumable(config: Config, run_dir: Path) -> None:
             )
         return  # it stopped before it began
     with ledger.LedgerReader(run_dir) as reader:
+        reader.check()
         last = reader.resume_point()
     if last is None:
         return

@@ -198,7 +198,7 @@ class Run:
         finally:
             try:
                 self._end(status, error, stopped)
-            except (OSError, sqlite3.OperationalError) as failure:
+            except (OSError, sqlite3.DatabaseError) as failure:
                 why = disk_error(failure, self._run_dir) or str(failure)
                 _say(f"how the run ended could not be noted: {why}", sys.stderr)
                 status, error = RunStatus.FAILED, error or why

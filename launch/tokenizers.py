@@ -23,6 +23,7 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Any:
     """
     for path in folder.glob("*token*.json"):
         read_json(path)  # names the line, which the libraries do not
+    _refuse_code(folder)
     tokenizer = _from_folder(folder)
     if tokenizer.eos_token_id is None:
         raise ModelError(
@@ -36,6 +37,20 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Any:
             " these are not of one model (eos_token may name a token it does not have)"
         )
     return tokenizer
+
+
+def _refuse_code(folder: Path) -> None:
+    """Else who loads it later would find out: what is loaded here is the file that holds its rules."""
+    path = folder / "tokenizer_config.json"
+    config = read_json(path) if path.is_file() else {}
+    if "AutoTokenizer" in (config.get("auto_map") or {}):
+        import transformers
+
+        if not hasattr(transformers, str(config.get("tokenizer_class"))):
+            raise ModelError(
+                f"{path}: tokenizer_class {config.get('tokenizer_class')!r} needs code that comes with the model"
+                " (auto_map), which is never run here"
+            )
 
 
 def _from_folder(folder: Path) -> Any:

@@ -57,7 +57,9 @@ def build_context(
     judge, rollouts = judges.judge(), Rollouts(roles, config, tracker, quarantined=quarantined)
     collector: Collector
     if config.search.kind == "mcts":
-        collector = TreeCollector(config, rollouts, judge, store, inputs.tokenizer, judges.evaluator())
+        collector = TreeCollector(
+            config, rollouts, judge, store, inputs.tokenizer, judges.evaluator(), quarantined=quarantined
+        )
     else:
         collector = SampleCollector(config, rollouts, judge, store, archive, ledger, quarantined)
     return Context(

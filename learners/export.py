@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from learners.checkpoint import Checkpoint
+from learners.loading import tokenizer_of
 from learners.policy import DTYPES, load_model
 from orchestrator.errors import ModelError
 
@@ -30,7 +30,7 @@ def write_model(model_dir: str, checkpoint: str | None, dtype: str, folder: str)
     if checkpoint is not None:
         _load_weights(model, checkpoint, model_dir)
     model.to(DTYPES[dtype]).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(model_dir).save_pretrained(folder)
+    tokenizer_of(model_dir).save_pretrained(folder)
 
 
 def _load_weights(model: Any, checkpoint: str, model_dir: str) -> None:

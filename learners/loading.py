@@ -1,4 +1,4 @@
-"""Models out of folders: safetensors only, no code that comes with them, dropout off, and every weight from the file.
+"""Models and tokenizers out of folders: safetensors only, no code that comes with them, dropout off, every weight read.
 
 Where a file lacks a tensor, transformers fills it with random numbers and goes on; here that is refused.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
 from orchestrator.errors import ModelError
@@ -28,6 +28,14 @@ _LOCAL = {"trust_remote_code": False, "local_files_only": True}
 _TELL = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 _REFUSALS = (OSError, ValueError, ImportError, StrictDataclassError)
 """What transformers raises at a folder that it does not take."""
+
+
+def tokenizer_of(folder: str | Path) -> Any:
+    """The tokenizer in a folder. Raises ModelError: it cannot be loaded, or needs code that comes with it."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, **_LOCAL)
+    except _REFUSALS as error:
+        raise ModelError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
 
 
 def load(loader: Any, folder: str | Path, dtype: torch.dtype) -> nn.Module:

@@ -204,7 +204,7 @@ class Iteration:
         """Keeps the newest checkpoints, and the one whose policy answered best."""
         context = self._context
         known = context.accounts.checkpoints()
-        best = max(known, key=self._score, default=None)
+        best = max((record for record in known if self._score(record) > -math.inf), key=self._score, default=None)
         for record in known[: -context.config.pipeline.keep_checkpoints]:
             if record != best:
                 context.accounts.drop_checkpoint(record.path)
@@ -238,3 +238,4 @@ def keep_answers(context: Context, iteration: int, evaluation: Evaluation) -> No
     ]
     with context.ledger.transaction():
         context.archive.seal(iteration, paths)
+        context.accounts.quarantine(dict(context.rollouts.quarantined), iteration)

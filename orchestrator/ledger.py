@@ -236,6 +236,15 @@ class LedgerReader:
         path = f'$."{metric}"'
         return float(self.db.execute("SELECT TOTAL(json_extract(metrics, ?)) FROM iterations", (path,)).fetchone()[0])
 
+    def check(self) -> None:
+        """Reads all of it. Raises DataError: it is damaged somewhere."""
+        try:
+            found = [text for (text,) in self.db.execute("PRAGMA quick_check")]
+        except sqlite3.DatabaseError as error:
+            found = [str(error)]
+        if found != ["ok"]:
+            raise DataError(f"{self.path}: damaged: {found[0]}: put it back from a copy, or start a new run")
+
     def close(self) -> None:
         """Closes the connection."""
         self.db.close()

@@ -110,7 +110,8 @@ class Rollouts:
         self._roles = roles
         self._config = config
         self._tracker = tracker
-        self._quarantined = quarantined
+        self.quarantined = quarantined
+        """Prompts that were set aside, and why."""
         # Log-probs depend in their last bits on what is computed together: only where time decides about that anyway.
         self._speculation: Speculation[GenerationRequest] | None = (
             Speculation(
@@ -143,11 +144,11 @@ class Rollouts:
             what: names the wave in messages.
             prompt_ids: of each request, the prompt that it belongs to.
         """
-        asked = [index for index, prompt_id in enumerate(prompt_ids) if prompt_id not in self._quarantined]
+        asked = [index for index, prompt_id in enumerate(prompt_ids) if prompt_id not in self.quarantined]
         found: dict[int, Completion] = {}
         for index, answer in zip(asked, self._ask(requests, asked, what, prompt_ids), strict=True):
             if isinstance(answer, Poisoned):
-                self._quarantined[answer.key] = f"it killed {answer.deaths} generators: {answer.last_words}"
+                self.quarantined[answer.key] = f"it killed {answer.deaths} generators: {answer.last_words}"
             else:
                 found[index] = answer
         if len(found) == len(requests):

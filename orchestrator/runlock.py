@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from orchestrator.errors import ResourceError
+from orchestrator.processes import started
 
 FILE_NAME = "run.lock"
 
@@ -22,7 +23,7 @@ class Holder:
     pid: int
     host: str
     process_started: str
-    """Boot of the machine, and ticks since then; tells the process from a later one with its id, whatever the clock."""
+    """See `orchestrator.processes.started`."""
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -32,7 +33,7 @@ class Holder:
         """Whether it lives; None when it is on another machine."""
         if self.host != socket.gethostname():
             return None
-        return _started(self.pid) == self.process_started
+        return started(self.pid) == self.process_started
 
 
 class RunLock:
@@ -57,7 +58,7 @@ class RunLock:
                 f"{self._path.parent} is in use by {holder(self._path.parent) or 'another process'}:"
                 " wait for that run to end, stop it, or choose another run_dir"
             ) from error
-        held_by = Holder(pid=os.getpid(), host=socket.gethostname(), process_started=_started(os.getpid()) or "")
+        held_by = Holder(pid=os.getpid(), host=socket.gethostname(), process_started=started(os.getpid()) or "")
         file.truncate(0)
         file.write(json.dumps(asdict(held_by)))
         file.flush()
@@ -70,16 +71,6 @@ class RunLock:
             self._file.truncate(0)
             self._file.close()
             self._file = None
-
-
-def _started(pid: int) -> str | None:
-    """When a process of this machine started; None where there is none."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return f"{boot}:{stat.rpartition(')')[2].split()[19]}"  # field 22 of proc(5); the name before may hold anything
 
 
 def holder(run_dir: Path) -> Holder | None:

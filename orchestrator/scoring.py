@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from actors.judges.reliability import Reliability
 from orchestrator.dispatch import Poisoned
+from orchestrator.errors import JudgeError
 from orchestrator.prompts import Renderer
 from orchestrator.tally import Tally
 from orchestrator.tasks.base import Problem
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
     Tokens = tuple[int, ...]
 
+_SEVERAL = 2
+"""Prompts. A scorer that is silent on one may have met what it cannot read."""
 _UNANSWERED = Completion(
     token_ids=(),
     text="",
@@ -69,7 +73,11 @@ class PooledJudge:
         self._quarantined = quarantined
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
-        """See `Judge.score`. Groups of a prompt whose completions kill their scorers are abstained on."""
+        """See `Judge.score`. Groups of a prompt whose completions kill their scorers are abstained on.
+
+        Raises:
+            JudgeError: no completion of several prompts got a score.
+        """
         answers = self._pool.map(
             lambda actor, share: actor.score.remote(share),
             groups,
@@ -82,6 +90,7 @@ class PooledJudge:
             self._set_aside(group, answer) if isinstance(answer, Poisoned) else answer
             for group, answer in zip(groups, answers, strict=True)
         ]
+        self._check_answering(scored)
         if self._reliability is not None:
             self._reliability.groups(scored)
         return scored
@@ -89,6 +98,24 @@ class PooledJudge:
     def metrics(self) -> Tally:
         """See `Judge.metrics`."""
         return Tally() if self._reliability is None else self._reliability.report()
+
+    def _check_answering(self, scored: Sequence[ScoredGroup]) -> None:
+        """Stops a run whose scorer has nothing to say: no pair would ever come of it."""
+        asked = [group for group in scored if group.group.prompt.id not in self._quarantined]
+        reasons = Counter(
+            score.reason if score.value is None else None
+            for group in asked
+            for completion, score in zip(group.group.completions, group.scores, strict=True)
+            if completion.finish_reason is not FinishReason.ABORTED
+        )
+        if len(asked) < _SEVERAL or not reasons or None in reasons:
+            return
+        ((reason, count),) = reasons.most_common(1)
+        total = reasons.total()
+        raise JudgeError(
+            f"{self.name} gave no score to any of {total} completions of {len(asked)} prompts. {count} times: {reason}."
+            " Mend that, and start a new run"
+        )
 
     def _deadline(self, groups: Sequence[RolloutGroup]) -> float:
         """So late that calls which all hang cost their scores, and not the run."""

@@ -29,7 +29,7 @@ from orchestrator.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from actors.search.pairs import StepPair
     from actors.search.tree import Step
@@ -52,6 +52,7 @@ class TreeCollector:
         store: where rollouts and trees are kept.
         tokenizer: of the policy.
         evaluator: says of solutions how probably their last step is right (`search.evaluation_weight`); None: nobody.
+        quarantined: prompts that were set aside; what was found of their trees before that makes no pair.
     """
 
     def __init__(
@@ -62,6 +63,8 @@ class TreeCollector:
         store: Store,
         tokenizer: PromptTokenizer,
         evaluator: StateEvaluator | None = None,
+        *,
+        quarantined: Collection[str],
     ) -> None:
         self._config = config
         self._rollouts = rollouts
@@ -69,6 +72,7 @@ class TreeCollector:
         self._store = store
         self._tokenizer = tokenizer
         self._evaluator = evaluator
+        self._quarantined = quarantined
         self._ends = step_ends(tokenizer, config.search.separator)
 
     def collect(self, wave: Wave) -> Collected:
@@ -87,7 +91,8 @@ class TreeCollector:
         pairs: list[PreferencePair] = []
         counts: Counter[str] = Counter()
         counts["abstentions"] = sum(score.value is None for search in searches for score in search.scores)
-        good = [search for search in searches if search.good_enough()]
+        fine = [search for search in searches if search.prompt.id not in self._quarantined]
+        good = [search for search in fine if search.good_enough()]
         for search in good:
             found, ties = step_pairs(search.tree, self._config.search, search.seed)
             counts["ties"] += ties
@@ -98,7 +103,7 @@ class TreeCollector:
             pairs=pairs,
             counts=counts,
             tokens=sum(search.tree.tokens for search in searches),
-            tally=_figures([search.tree for search in searches], pairs, rounds, len(searches) - len(good))
+            tally=_figures([search.tree for search in searches], pairs, rounds, len(fine) - len(good))
             + (self._evaluator.metrics() if self._evaluator else Tally()),
             files=files,
         )

@@ -11,22 +11,22 @@ import os
 from dataclasses import dataclass
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from orchestrator.errors import LostObjectError
+from orchestrator.processes import started
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SharedArray:
     """Where another process of the node finds the bytes.
 
-    Example: ``SharedArray(pid=4711, born=1790000000.12, descriptor=9, num_bytes=404_750_336)``
+    Example: ``SharedArray(pid=4711, born="5f3e...:8812", descriptor=9, num_bytes=404_750_336)``
     """
 
     pid: int
-    born: float
-    """When the owner was started, seconds since the epoch: numbers are given anew."""
+    born: str | None
+    """See `orchestrator.processes.started`: numbers are given anew."""
     descriptor: int
     """Of the owner."""
     num_bytes: int
@@ -38,13 +38,13 @@ class SharedArray:
             LostObjectError: the owner is dead, or lives where this process cannot see it.
         """
         try:
-            if psutil.Process(self.pid).create_time() != self.born:
+            if started(self.pid) != self.born:
                 raise ProcessLookupError(self.pid)
             with open(f"/proc/{self.pid}/fd/{self.descriptor}", "rb") as file:
                 # All pages at once: each would otherwise interrupt whoever reads it first.
                 flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
                 mapped = mmap.mmap(file.fileno(), self.num_bytes, flags=flags, prot=mmap.PROT_READ)
-        except (OSError, ValueError, psutil.Error) as error:
+        except (OSError, ValueError) as error:
             raise LostObjectError(
                 f"the shared memory of process {self.pid} cannot be read: {error or type(error).__name__}"
             ) from error
@@ -67,9 +67,7 @@ class SharedSlots:
             known = self._slots[self._next] = _allocate(num_bytes)
         self._next = 1 - self._next
         descriptor, array = known
-        place = SharedArray(
-            pid=os.getpid(), born=psutil.Process().create_time(), descriptor=descriptor, num_bytes=num_bytes
-        )
+        place = SharedArray(pid=os.getpid(), born=started(os.getpid()), descriptor=descriptor, num_bytes=num_bytes)
         return array[:num_bytes], place
 
 

@@ -86,6 +86,21 @@ def change_batch(run, iteration, number, pairs):
     sql(run, "UPDATE batches SET pairs = ? WHERE iteration = ? AND number = ?", values)
 
 
+def forget_a_pair(run):
+    sql(run, "DELETE FROM pairs WHERE id = (SELECT min(id) FROM pairs WHERE iteration = 2)")
+
+
+def forget_the_newest_checkpoint(run):
+    sql(run, "DELETE FROM checkpoints WHERE path = 'checkpoints/iteration-0003'")
+
+
+def set_a_prompt_aside_later(run):
+    """What is not there of an iteration is not explained by what happened in a later one."""
+    [prompt] = sql(run, "SELECT min(prompt) FROM groups WHERE iteration = 2 AND wave = 0")[0]
+    rewrite(run, ROLLOUTS, lambda rows: [row for row in rows if row["prompt_id"] != prompt])
+    sql(run, "INSERT INTO quarantine VALUES (?, 3, 'it killed 3 generators', 0)", (prompt,))
+
+
 def take_an_acknowledgement_back(run):
     last = "(SELECT max(step) FROM batches)"
     sql(run, f"UPDATE batches SET acknowledged = NULL, outcome = NULL, step = NULL WHERE step = {last}")
@@ -138,6 +153,9 @@ def cut_a_checkpoint(run):
         (drop_a_pair_of_a_file, "lost", "of the ledger is in no file"),
         (drop_a_group_of_a_file, "lost", "completions of"),
         (forget_a_group, "lost", "the note that"),
+        (forget_a_pair, "lost", "the note that pair"),
+        (forget_the_newest_checkpoint, "lost", "has the weights of iteration 3, does not count"),
+        (set_a_prompt_aside_later, "lost", "completions of"),
         (write_a_pair_twice, "repeated", "was made twice"),
         (train_a_pair_twice, "repeated", "in 2 batches, 1 epochs"),
         (train_a_pair_never, "lost", "in 0 batches, 1 epochs"),
@@ -174,4 +192,12 @@ def test_an_untouched_run_has_nothing(reference_run):
 def test_a_folder_without_a_ledger_is_refused(run):
     (run / "ledger.sqlite").write_bytes(b"no database at all" * 100)
     with pytest.raises(DataError, match="not a readable ledger"):
+        audit(run)
+
+
+def test_a_ledger_with_a_damaged_page_is_refused(run):
+    with (run / "ledger.sqlite").open("r+b") as file:
+        file.seek(4096 * 3)
+        file.write(b"\xff" * 4096)
+    with pytest.raises(DataError, match=r"ledger.sqlite: (damaged|not a readable ledger)"):
         audit(run)

@@ -276,10 +276,10 @@ class Evaluating:
         return found
 
 
-def search(tmp_path, judge, *overrides, count=6, evaluator=None):
+def search(tmp_path, judge, *overrides, count=6, evaluator=None, quarantined=()):
     config = compose(["recipe=mcts_dpo", "search.states=tree", "search.min_gap=0", *overrides])
     rollouts, roles = rollouts_of(config, generate=adding())
-    collector = TreeCollector(config, rollouts, judge, Store(tmp_path), TOKENIZER, evaluator)
+    collector = TreeCollector(config, rollouts, judge, Store(tmp_path), TOKENIZER, evaluator, quarantined=quarantined)
     return config, roles.generators, collector.collect(wave_of(problems(count)))
 
 
@@ -309,6 +309,26 @@ def test_trees_become_pairs_of_steps_from_one_state(tmp_path):
     assert (
         len(pool.asked) == sum(judge.waves) == len([c for group in collected.scored for c in group.group.completions])
     )
+
+
+def test_what_was_found_of_a_prompt_that_is_set_aside_later_makes_no_pair(tmp_path):
+    """The prompts beside it have the pairs that they would have had."""
+    prompt, aside = problems(6)[0].id, {}
+
+    class Killing(Checking):
+        def score(self, groups):
+            if len(self.waves) == 3:
+                aside[prompt] = "it killed 3 generators"
+            return super().score(groups)
+
+    def pairs_of(folder, judge, quarantined):
+        _, _, collected = search(folder, judge, "search.simulations=24", quarantined=quarantined)
+        return {pair.id for pair in collected.pairs}
+
+    whole = pairs_of(tmp_path / "whole", Checking(), ())
+    lost = whole - pairs_of(tmp_path / "less", Killing(), aside)
+    assert lost
+    assert lost == {pair for pair in whole if pair.split("#")[0] == prompt or f"/{prompt}#" in pair or prompt in pair}
 
 
 def test_every_rollout_and_every_node_is_kept(tmp_path):

@@ -174,6 +174,7 @@ def test_a_wrong_override_is_refused_with_what_would_be_right(override, expected
         (["pipeline.mode=semi_online", "pipeline.wave_prompts=32", "learner.schedule=linear"], "learner.schedule"),
         (["pipeline.mode=semi_online", "pipeline.wave_prompts=32", "loss=spa"], "loss.labels"),
         (["pipeline.mode=semi_online", "pipeline.wave_prompts=32", "scorer=implicit"], "pipeline.mode"),
+        (["pipeline.mode=async", "scorer=majority", "scorer.verifier=math"], "pipeline.mode"),
         (["pipeline.mode=async", "loss=p3o"], "pipeline.mode"),
         (["pipeline.mode=async", "scorer=implicit"], "pipeline.mode"),
         (["pipeline.mode=async", "loss=nca"], "loss.importance_clip"),

@@ -347,6 +347,36 @@ def test_groups_that_kill_their_scorers_are_abstained_on():
     assert reliability.report()["judge/abstained_fraction"] == 0.5
 
 
+def silent_on(group, reason):
+    return ScoredGroup(group=group, scores=(Score(value=None, reason=reason),) * len(group.completions), scorer="v")
+
+
+def test_a_scorer_that_never_gives_a_score_stops_the_run_with_the_reason():
+    """Poisoned and aborted ones are no word of the scorer's, and one prompt may be beyond it."""
+    groups = [group_of(*texts, prompt=texts) for texts in ("ab", "cde", "fg")]
+    raised = "the function raised ValueError: no such thing"
+
+    def score(*answers):
+        class Pool:
+            def map(self, call, work, **_):
+                return list(answers)
+
+        judge = PooledJudge("verifier", Pool(), deadline_s=1, reliability=None, quarantined={})
+        return judge.score([group for group, _ in zip(groups, answers, strict=False)])
+
+    dead = Poisoned(key=groups[0].prompt.id, deaths=3, last_words="out of memory")
+    silent = [silent_on(group, raised) for group in groups]
+    with pytest.raises(
+        JudgeError, match=r"no score to any of 5 completions of 2 prompts\. 5 times: the function raised"
+    ):
+        score(dead, *silent[1:])
+    with pytest.raises(JudgeError, match=r"7 completions of 3 prompts\. 4 times: .*no such thing\. Mend"):
+        score(silent[0], silent_on(groups[1], "it took longer than 10 s"), silent[2])
+    assert score(silent[0]) == silent[:1]
+    assert score(dead, silent[1])[1] == silent[1]
+    assert score(scores_of(groups[0], None, 0), *silent[1:])[1:] == silent[1:]
+
+
 def test_calibration_error_is_zero_for_a_judge_as_sure_as_it_is_right():
     assert calibration_error([(0.75, 1.0)] * 3 + [(0.75, 0.0)]) == pytest.approx(0)
     assert calibration_error([(1.0, 1.0)] * 4) == 0

@@ -20,7 +20,7 @@ LAYERS = [
             *("conf*", "orchestrator.tasks*", "orchestrator.prompts", "orchestrator.pairing", "orchestrator.filters"),
             *("orchestrator.batching", "orchestrator.metrics", "orchestrator.files", "orchestrator.judging"),
             *("orchestrator.tally", "orchestrator.events", "orchestrator.waits", "orchestrator.printable"),
-            "orchestrator.disk",
+            *("orchestrator.disk", "orchestrator.processes"),
             *("actors.judges*", "actors.sandbox*", "actors.search*", "actors.engine"),
             *("learners.preference*", "learners.loading", "learners.schedule"),
         ],

@@ -1,5 +1,7 @@
 """A prompt that kills its generators is set aside, and changes nothing for the others."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import ray
@@ -8,9 +10,13 @@ from actors.engine_loop import EngineLoop
 from actors.generator import Generator
 from conf.compose import compose
 from conf.schema import TaskConfig
+from orchestrator.accounts import Accounts
+from orchestrator.archive import Archive
 from orchestrator.dispatch import Poisoned
 from orchestrator.evaluation import accuracy, evaluate
-from orchestrator.events import EventKind
+from orchestrator.events import EventKind, ignore
+from orchestrator.iteration import keep_answers
+from orchestrator.ledger import Ledger
 from orchestrator.metrics import rollout_metrics
 from orchestrator.pools import ActorPool
 from orchestrator.rollouts import Draw, Roles, Rollouts, make_requests, sampling_of
@@ -152,5 +158,11 @@ def test_what_was_set_aside_counts_as_not_solved_and_is_kept_with_the_reason(tmp
     scored = Strict().score(groups)
     assert accuracy(scored).value == 7 / 8
     assert rollout_metrics(scored)["rollout/abstained_fraction"] == pytest.approx(1 / 8)
+    with Ledger(tmp_path) as ledger:
+        accounts, store = Accounts(ledger), Store(tmp_path)
+        archive = Archive(tmp_path, accounts, ignore)
+        context = SimpleNamespace(store=store, ledger=ledger, accounts=accounts, archive=archive, rollouts=rollouts)
+        keep_answers(context, 1, found)
+        assert list(accounts.quarantined()) == ["p5"], "else a resumed run would ask it again"
     Store(tmp_path).write_rollouts(1, 0, scored)
     assert read_rollouts(tmp_path / "rollouts" / "iteration-0001-wave-0000.parquet") == scored

@@ -6,6 +6,7 @@ import os
 import struct
 import tracemalloc
 import unicodedata
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +22,9 @@ from launch import cli
 from launch.audit import Audit
 from launch.console import LinesConsole, LiveConsole
 from launch.model_files import find_model, read_header, read_json, read_shapes
+from launch.tiny import make_tokenizer
+from launch.tokenizers import load_tokenizer
+from learners.loading import tokenizer_of
 from orchestrator.errors import ConfigError, DataError, ModelError
 from orchestrator.printable import printable
 from orchestrator.tasks import build_task
@@ -250,6 +254,25 @@ def test_pickled_weights_are_never_read(name, tmp_path):
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
     with pytest.raises(ModelError, match=rf"only as pickle \({name}\)"):
         read_shapes(tmp_path)
+
+
+def test_code_that_comes_with_a_tokenizer_is_never_run(tmp_path, monkeypatch):
+    """Nobody is asked whether it may be: somebody might say yes."""
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    make_tokenizer(64).save_pretrained(folder)
+    (folder / "own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n"
+        f"open({str(ran)!r}, 'w').close()\n"
+        "class Own(PreTrainedTokenizerFast): pass\n"
+    )
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    for load in (tokenizer_of, partial(load_tokenizer, vocab_size=64)):
+        with pytest.raises(ModelError, match="tokenizer"):
+            load(folder)
+    assert not ran.exists()
 
 
 @pytest.mark.parametrize("shard", ["../../secret.safetensors", "/etc/passwd", "a/b.safetensors", 7, None])

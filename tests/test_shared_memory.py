@@ -29,7 +29,7 @@ def written_by_another():
         [sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=os.getcwd()
     )
     pid, born, descriptor, size = owner.stdout.readline().split()
-    place = SharedArray(pid=int(pid), born=float(born), descriptor=int(descriptor), num_bytes=int(size))
+    place = SharedArray(pid=int(pid), born=born, descriptor=int(descriptor), num_bytes=int(size))
     return owner, place
 
 
@@ -40,7 +40,7 @@ def test_another_process_reads_in_place_until_the_owner_is_killed():
     assert (found == 7).all()
     assert not found.flags.writeable
     with pytest.raises(LostObjectError, match=f"process {owner.pid} cannot be read"):
-        replace(place, born=place.born - 1).open()  # its number was given anew
+        replace(place, born=f"{place.born}1").open()  # its number was given anew
     owner.send_signal(signal.SIGKILL)
     owner.wait(10)
     assert (found == 7).all(), "what is open stays"

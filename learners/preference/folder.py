@@ -22,10 +22,9 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
 )
 
-from learners.loading import load
+from learners.loading import load, tokenizer_of
 from learners.preference.config import SECTION, HeadConfig, read_config, weights_digest
 from learners.preference.encoding import Encoder
 from learners.preference.model import Classifier, PreferenceModel
@@ -117,10 +116,7 @@ def _load_classifier(folder: str | Path, config: dict[str, Any], dtype: torch.dt
 
 def load_tokenizer(folder: str | Path) -> Any:
     """The tokenizer of a model folder. Raises ModelError where it cannot be loaded or has no end of sequence."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
+    tokenizer = tokenizer_of(folder)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{folder}: the tokenizer has no end-of-sequence token, by which an answer's end is read")
     return tokenizer
