@@ -117,16 +117,20 @@ def _union(spans: Iterable[Stretch]) -> list[tuple[float, float]]:
     return covered
 
 
+def _share(part: float) -> str:
+    return f"{part:.0%}" if part >= 0.005 else "<1%"
+
+
 def _table(shares: dict[str, dict[str, dict[str, float]]], total: float) -> list[str]:
     width = max(map(len, shares))
     lines = [f"of {total:.1f} s in stages", ""]
     for name, kinds in shares.items():
-        described = [
-            ", ".join(f"{what} {seconds / total:.0%}" for what, seconds in kinds[kind].items() if seconds > total / 200)
-            for kind in ("working", "waiting")
-        ]
-        lines.append(f"{name:{width}}  works: {described[0] or 'never'}")
-        lines.append(f"{'':{width}}  waits in: {described[1] or 'none'}")
+        works, waits = (
+            ", ".join(f"{what} {_share(seconds / total)}" for what, seconds in kinds[kind].items() if seconds > least)
+            for kind, least in (("working", 0), ("waiting", total / 200))
+        )
+        lines.append(f"{name:{width}}  works: {works or 'never'}")
+        lines.append(f"{'':{width}}  waits in: {waits or 'none'}")
     return lines
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -232,12 +233,15 @@ class Run:
         with self._stage("warm start" if config.model.kind == "tiny" else "prepare"):
             model_dir = prepare_initial_model(config, self._run_dir, self._show_warm_start)
             config = prepare_judge_model(config, self._run_dir, model_dir, self._show_judge_training)
+        # Read as Ray is imported: an event says the same of a death, with who and what it did.
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^A worker died or was killed while executing a task")
         from launch.wiring import build_context
         from orchestrator.controller import Controller
         from orchestrator.watchdog import Watchdog
 
         with Watchdog(self._events, config.cluster.stall_s):
             with self._stage("start"):
+                self._warn_of_few_problems()
                 context = build_context(
                     config, self._inputs, model_dir, ledger=self._ledger, tracker=self._tracker, emit=self._events
                 )
@@ -258,10 +262,20 @@ class Run:
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
-        self._tracker.stage(0, name)
+        last = self._ledger.resume_point()
+        self._tracker.stage(last.iteration if last else 0, name)
         start = time.monotonic()
         yield
         self._seconds[name.replace(" ", "_")] = time.monotonic() - start
+
+    def _warn_of_few_problems(self) -> None:
+        """What is measured on a handful says little, and the interval alone may go unnoticed."""
+        evaluation, found = self._config.evaluation, len(self._inputs.test_prompts)
+        if evaluation.scorer != "none" and found < (asked := max(evaluation.problems, evaluation.final_problems)):
+            self._tracker.message(
+                f"{found} held-out prompts are there, of {asked} that evaluation.problems and evaluation.final_problems"
+                " ask for: raise task.test_fraction, or name a file of them (task.test_path)"
+            )
 
     def _show_warm_start(self, step: int, total: int, loss: float, accuracy: float) -> None:
         self._tracker.progress("warm start", step, total, 0)
@@ -296,7 +310,8 @@ def _headline(accuracy: dict[str, Any]) -> str:
     if not end["greedy"]:
         return "no iteration was evaluated"
     shown = ", ".join(f"{kind} {start[kind]['value']:.1%} -> {end[kind]['value']:.1%}" for kind in end)
-    return f"{shown} ({end['greedy']['n']:,} held-out problems)"
+    n = end["greedy"]["n"]
+    return f"{shown} ({n:,} held-out problem{'s' * (n != 1)})"
 
 
 def _command() -> str:

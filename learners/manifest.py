@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 FILE_NAME = "manifest.json"
 _READ_BYTES = 8 << 20
 _LONGEST_NAME = 255
-_ADVICE = "put it back from a copy, or go on from another checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,12 +68,12 @@ def check_sizes(folder: str | Path) -> dict[str, FileRecord]:
     for name, record in records.items():
         path = folder / name
         if not path.is_file():
-            raise ModelError(f"{path} is missing: {_ADVICE}")
+            raise ModelError(f"{path} is missing")
         size = path.stat().st_size
         if size < record.size:
-            raise ModelError(f"{path} is truncated, {size} of {record.size} bytes: {_ADVICE}")
+            raise ModelError(f"{path} is truncated, {size} of {record.size} bytes")
         if size > record.size:
-            raise ModelError(f"{path} is damaged, {size} bytes instead of {record.size}: {_ADVICE}")
+            raise ModelError(f"{path} is damaged, {size} bytes instead of {record.size}")
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in records:
             raise ModelError(f"{path} is not in {FILE_NAME}: remove it, it does not belong to this checkpoint")
@@ -87,7 +86,7 @@ def check_content(folder: str | Path, records: Mapping[str, FileRecord], names: 
         found = record_of(Path(folder) / name)
         if found != records[name]:
             raise ModelError(
-                f"{Path(folder) / name} is damaged, xxh3-64 {found.digest} instead of {records[name].digest}: {_ADVICE}"
+                f"{Path(folder) / name} is damaged, xxh3-64 {found.digest} instead of {records[name].digest}"
             )
 
 
@@ -99,7 +98,7 @@ def _is_name(name: str) -> bool:
 def _read(folder: Path) -> bytes:
     path = folder / FILE_NAME
     if not path.is_file():
-        raise ModelError(f"{path} is missing, so {folder} is not a checkpoint of the learner: {_ADVICE}")
+        raise ModelError(f"{path} is missing, so {folder} is not a checkpoint of the learner")
     return path.read_bytes()
 
 
@@ -107,8 +106,8 @@ def _parse(folder: Path, text: bytes) -> dict[str, FileRecord]:
     try:
         records = {str(name): FileRecord(**record) for name, record in json.loads(text)["files"].items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{folder / FILE_NAME} is damaged ({error!r}): {_ADVICE}") from error
+        raise ModelError(f"{folder / FILE_NAME} is damaged ({error!r})") from error
     odd = [n for n, r in records.items() if not _is_name(n) or type(r.size) is not int or type(r.digest) is not str]
     if odd:
-        raise ModelError(f"{folder / FILE_NAME} is damaged (what it says of {odd[0][:80]!r}): {_ADVICE}")
+        raise ModelError(f"{folder / FILE_NAME} is damaged (what it says of {odd[0][:80]!r})")
     return records
