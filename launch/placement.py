@@ -15,6 +15,7 @@ import ray
 from actors.generator import Generator
 from actors.scorer import ScorerActor
 from conf.judging import cpus_needed, has_own_judge, own_language_model, pooled_kinds
+from launch.children import children, end_children
 from launch.model_files import find_model, folder_version
 from learners.learner import Learner
 from orchestrator.errors import DeadlineError
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
+_TRIES = 3
+"""To start a Ray of this run's own, which gives itself 30 s: too few where the machine is busy."""
+_LATE = "timed out during startup"
+
 KEEPS_MEMORY = {
     **dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(1 << 30)),
     "MALLOC_ARENA_MAX": "1",  # an actor's calls run in threads, whose own arenas hold no more than 64 MiB
@@ -48,12 +53,20 @@ def start_ray(config: Config) -> None:
         DeadlineError: neither could be done in the time that Ray gives itself.
     """
     os.environ |= _QUIET
+    before = children()
     with _signals_held():
-        try:
-            _init_ray(config)
-        except Exception as error:
-            where = f"joined at cluster.address={config.cluster.address}" if config.cluster.address else "started here"
-            raise DeadlineError(f"Ray could not be {where}: {error}") from error
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                _init_ray(config)
+                return
+            except Exception as error:
+                if config.cluster.address:
+                    raise DeadlineError(
+                        f"Ray could not be joined at cluster.address={config.cluster.address}: {error}"
+                    ) from error
+                if not tries_left or _LATE not in str(error):
+                    raise DeadlineError(f"Ray could not be started here: {error}") from error
+                end_children(before)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Whole runs with real parts: what comes out, that it comes out the same twice, and what dying does to it."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,11 +18,11 @@ from actors.generator import Generator
 from conf.compose import compose
 from launch.audit import audit
 from launch.export import export
-from launch.placement import _signals_held
+from launch.placement import _signals_held, start_ray
 from launch.profile import profile
 from launch.run import _signals_interrupt, _signals_restored, run
 from learners.checkpoint import Checkpoint
-from orchestrator.errors import ConfigError, ModelError
+from orchestrator.errors import ConfigError, DeadlineError, ModelError
 from orchestrator.ledger import LedgerReader
 from orchestrator.rollouts import Rollouts
 from orchestrator.store import read_pairs, read_rollouts
@@ -218,6 +219,27 @@ def test_signals_stop_at_once_and_resume_ends_as_if_nothing_had_happened(folder,
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     evaluated = [line["iteration"] for line in lines if "eval/greedy_value" in line]
     assert evaluated == [0, 1, 2, 3], "no line of an iteration that was done again is left"
+
+
+def test_a_ray_that_was_slow_to_start_is_started_again(monkeypatch):
+    tries = []
+
+    def start(config, text="The current node timed out during startup.", enough=3):
+        tries.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
+        if len(tries) < enough:
+            raise RuntimeError(text)
+
+    monkeypatch.setattr("launch.placement._init_ray", start)
+    start_ray(compose([]))
+    assert [psutil.pid_exists(one.pid) for one in tries] == [False, False, True], "what the late ones left is ended"
+    tries[-1].kill()
+    for text, expected in (("The current node timed out during startup.", 3), ("no such folder", 1)):
+        tries.clear()
+        monkeypatch.setattr("launch.placement._init_ray", lambda config, text=text: start(config, text, math.inf))
+        with pytest.raises(DeadlineError, match=rf"Ray could not be started here: {text}"):
+            start_ray(compose([]))
+        assert len(tries) == expected
+        tries[-1].kill()
 
 
 def test_a_signal_while_ray_starts_leaves_no_orphans(folder, tmp_path):
