@@ -66,6 +66,8 @@ _MAY_CHANGE = (
     ),
     *("learner.num_threads", "learner.micro_batch_tokens", "learner.vocab_chunk", "learner.activation_checkpointing"),
 )
+_FEW_PROBLEMS = 50
+"""On fewer an accuracy is known to within some 14 points at best."""
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -271,10 +273,10 @@ class Run:
     def _warn_of_few_problems(self) -> None:
         """What is measured on a handful says little, and the interval alone may go unnoticed."""
         evaluation, found = self._config.evaluation, len(self._inputs.test_prompts)
-        if evaluation.scorer != "none" and found < (asked := max(evaluation.problems, evaluation.final_problems)):
+        if evaluation.scorer != "none" and found < min(_FEW_PROBLEMS, evaluation.final_problems):
             self._tracker.message(
-                f"{found} held-out prompts are there, of {asked} that evaluation.problems and evaluation.final_problems"
-                " ask for: raise task.test_fraction, or name a file of them (task.test_path)"
+                f"only {found} held-out prompts to evaluate on: raise task.test_fraction, or name a file of them"
+                " (task.test_path)"
             )
 
     def _show_warm_start(self, step: int, total: int, loss: float, accuracy: float) -> None:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     Tokens = tuple[int, ...]
 
-_SEVERAL = 2
-"""Prompts. A scorer that is silent on one may have met what it cannot read."""
+_MANY = 16
+"""Completions. A scorer may be silent on fewer, or on all of one prompt, and still have something to say."""
 _UNANSWERED = Completion(
     token_ids=(),
     text="",
@@ -76,7 +76,7 @@ class PooledJudge:
         """See `Judge.score`. Groups of a prompt whose completions kill their scorers are abstained on.
 
         Raises:
-            JudgeError: no completion of several prompts got a score.
+            JudgeError: none of many completions got a score.
         """
         answers = self._pool.map(
             lambda actor, share: actor.score.remote(share),
@@ -108,10 +108,10 @@ class PooledJudge:
             for completion, score in zip(group.group.completions, group.scores, strict=True)
             if completion.finish_reason is not FinishReason.ABORTED
         )
-        if len(asked) < _SEVERAL or not reasons or None in reasons:
+        total = reasons.total()
+        if len(asked) == 1 or total < _MANY or None in reasons:
             return
         ((reason, count),) = reasons.most_common(1)
-        total = reasons.total()
         raise JudgeError(
             f"{self.name} gave no score to any of {total} completions of {len(asked)} prompts. {count} times: {reason}."
             " Mend that, and start a new run"

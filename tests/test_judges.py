@@ -352,8 +352,8 @@ def silent_on(group, reason):
 
 
 def test_a_scorer_that_never_gives_a_score_stops_the_run_with_the_reason():
-    """Poisoned and aborted ones are no word of the scorer's, and one prompt may be beyond it."""
-    groups = [group_of(*texts, prompt=texts) for texts in ("ab", "cde", "fg")]
+    """Poisoned and aborted ones are no word of the scorer's; a few, or one prompt, may be beyond it."""
+    groups = [group_of(*texts, prompt=texts) for texts in ("abcdefgh", "ijklmnop", "qrstuvwxyz", "ab")]
     raised = "the function raised ValueError: no such thing"
 
     def score(*answers):
@@ -362,19 +362,21 @@ def test_a_scorer_that_never_gives_a_score_stops_the_run_with_the_reason():
                 return list(answers)
 
         judge = PooledJudge("verifier", Pool(), deadline_s=1, reliability=None, quarantined={})
-        return judge.score([group for group, _ in zip(groups, answers, strict=False)])
+        return judge.score([groups[index] for index, _ in enumerate(answers)])
 
     dead = Poisoned(key=groups[0].prompt.id, deaths=3, last_words="out of memory")
     silent = [silent_on(group, raised) for group in groups]
-    with pytest.raises(
-        JudgeError, match=r"no score to any of 5 completions of 2 prompts\. 5 times: the function raised"
-    ):
-        score(dead, *silent[1:])
-    with pytest.raises(JudgeError, match=r"7 completions of 3 prompts\. 4 times: .*no such thing\. Mend"):
-        score(silent[0], silent_on(groups[1], "it took longer than 10 s"), silent[2])
+    with pytest.raises(JudgeError, match=r"to any of 18 completions of 2 prompts\. 18 times: the function raised"):
+        score(dead, *silent[1:3])
+    with pytest.raises(JudgeError, match=r"16 completions of 2 prompts\. 16 times: .*no such thing\. Mend"):
+        score(*silent[:2])
+    with pytest.raises(JudgeError, match=r"26 completions of 3 prompts\. 16 times: it took longer"):
+        score(*(silent_on(group, "it took longer than 10 s") for group in groups[:2]), silent[2])
     assert score(silent[0]) == silent[:1]
     assert score(dead, silent[1])[1] == silent[1]
-    assert score(scores_of(groups[0], None, 0), *silent[1:])[1:] == silent[1:]
+    assert score(scores_of(groups[0], *[None] * 7, 0), *silent[1:])[1:] == silent[1:]
+    groups = [*groups[2:], *groups[:2]]
+    assert score(*silent[2:]) == silent[2:], "12 completions"
 
 
 def test_calibration_error_is_zero_for_a_judge_as_sure_as_it_is_right():
