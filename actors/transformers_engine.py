@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from actors.engine import EngineOutput, check_sequences, token_budget
 from actors.held_weights import outdated_among, unreadable_among
-from learners.loading import tokenizer_of
+from learners.loading import load, tokenizer_of
 from orchestrator.errors import ConfigError, ModelError
 from orchestrator.types import FinishReason
 
@@ -83,17 +83,11 @@ class TransformersEngine:
             )
         logging.disable_progress_bar()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = AutoModelForCausalLM.from_pretrained(
-            model_dir,
-            dtype=getattr(torch, dtype),
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
+        model: Any = load(AutoModelForCausalLM, model_dir, getattr(torch, dtype))
         positions = model.config.max_position_embeddings
         if positions < max_length:
             raise ModelError(f"{model_dir} has {positions} positions; model.max_length is {max_length}. Lower it.")
-        self._model = model.to(self._device).eval()
+        self._model = model.to(self._device)
         self._tokenizer = tokenizer_of(model_dir)
         ends = self._model.generation_config.eos_token_id
         self._ends = {self._tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}

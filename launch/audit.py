@@ -1,6 +1,6 @@
 """`agon audit`: whether a run lost or repeated anything, told from its files by code that had no part in writing them.
 
-It reads the ledger's tables and the Parquet files as they are, with SQLite and pyarrow alone:
+It reads the ledger's tables and the Parquet files as they are, by its own queries and with pyarrow alone:
 
     damaged     a file that counts is missing, or has another size or digest than the ledger says; of its iteration
                 only the steps are looked at then

@@ -53,20 +53,17 @@ def start_ray(config: Config) -> None:
         DeadlineError: neither could be done in the time that Ray gives itself.
     """
     os.environ |= _QUIET
-    before = children()
-    with _signals_held():
-        for tries_left in reversed(range(_TRIES)):
-            try:
+    address, before = config.cluster.address, children()
+    for tries_left in reversed(range(1 if address else _TRIES)):
+        try:
+            with _signals_held():
                 _init_ray(config)
-                return
-            except Exception as error:
-                if config.cluster.address:
-                    raise DeadlineError(
-                        f"Ray could not be joined at cluster.address={config.cluster.address}: {error}"
-                    ) from error
-                if not tries_left or _LATE not in str(error):
-                    raise DeadlineError(f"Ray could not be started here: {error}") from error
-                end_children(before)
+            return
+        except Exception as error:
+            if not tries_left or _LATE not in str(error):
+                where = f"joined at cluster.address={address}" if address else "started here"
+                raise DeadlineError(f"Ray could not be {where}: {error}") from error
+        end_children(before)
 
 
 @contextmanager
@@ -87,6 +84,9 @@ def _signals_held() -> Iterator[None]:
         yield
     except SystemExit:  # Ray has taken SIGTERM meanwhile, and it came
         came.append(signal.SIGTERM)
+    except Exception:
+        if not came:
+            raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -134,7 +134,11 @@ def run_folder(config: Config) -> Path:
     return Path(config.run_dir or Path("runs", name)).absolute()
 
 
-_BEFORE_IT_BEGINS = (runlock.FILE_NAME, *(f"{ledger.FILE_NAME}{end}" for end in ("", "-wal", "-shm")))
+_BEFORE_IT_BEGINS = (
+    runlock.FILE_NAME,
+    *(f"{ledger.FILE_NAME}{end}" for end in ("", "-wal", "-shm")),
+    *(f".{name}.partial" for name in (ledger.FILE_NAME, CONFIG_FILE)),
+)
 """What a run that died before it noted its configuration may have left; there is nothing in it."""
 
 

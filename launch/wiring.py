@@ -55,13 +55,11 @@ def build_context(
     quarantined = dict(accounts.quarantined())
     judges = Judges(config, roles, inputs, publisher, quarantined)
     judge, rollouts = judges.judge(), Rollouts(roles, config, tracker, quarantined=quarantined)
-    collector: Collector
-    if config.search.kind == "mcts":
-        collector = TreeCollector(
-            config, rollouts, judge, store, inputs.tokenizer, judges.evaluator(), quarantined=quarantined
-        )
-    else:
-        collector = SampleCollector(config, rollouts, judge, store, archive, ledger, quarantined)
+    collector: Collector = (
+        TreeCollector(config, rollouts, judge, store, inputs.tokenizer, judges.evaluator(), quarantined=quarantined)
+        if config.search.kind == "mcts"
+        else SampleCollector(config, rollouts, judge, store, archive, ledger, quarantined)
+    )
     return Context(
         config=config,
         run_dir=inputs.run_dir,

@@ -1,19 +1,8 @@
 """The source of truth for resume: what a run finished, in SQLite (`<run>/ledger.sqlite`).
 
-    run            one row: recipe, seed, hash of the configuration, planned iterations, status, error
-    phases         one row for each phase of each iteration: when it started, how long it took, its tokens and metrics
-    iterations     one row for each finished iteration; from that row on the iteration counts
-    files          one row for each file of records that counts, with its size and digest (`accounts.py`, and all below)
-    waves          one row for each wave of prompts: issued, sampled, scored
-    groups         one row for each prompt of an iteration whose completions were scored: nobody is judged twice
-    pairs          one row for each pair that was accepted for training
-    batches        one row for each batch: its pairs, and what became of it
-    checkpoints    one row for each state of the learner that counts
-    publications   one row for each version of the weights that generators held
-    quarantine     one row for each prompt that kills whoever works on it
-
 Every call is one transaction that is on disk when it returns (WAL, synchronous=FULL), or part of the transaction that
-the caller opened. One process writes; any other may read meanwhile through `LedgerReader`.
+the caller opened. One process writes; any other may read meanwhile through `LedgerReader`. Its tables:
+`ledger_schema.py`.
 """
 
 from __future__ import annotations
@@ -21,68 +10,25 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Self
 
 from orchestrator.connection import SharedConnection
 from orchestrator.errors import ConfigError, DataError
-from orchestrator.files import dump_json, sync
+from orchestrator.files import dump_json
+from orchestrator.ledger_schema import SCHEMA_VERSION, make
 from orchestrator.types import PolicyVersion
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-SCHEMA_VERSION = 3
 FILE_NAME = "ledger.sqlite"
 _BUSY_S = 30.0
 _CACHE_KIB = 256
 """Of pages. Queries read few rows; SQLite's own 2 MiB would fill up over hours, and look like a leak."""
-
-_TABLES = """
-CREATE TABLE schema (version INTEGER NOT NULL);
-CREATE TABLE run (
-    id INTEGER PRIMARY KEY CHECK (id = 1), recipe TEXT NOT NULL, seed INTEGER NOT NULL, config_hash TEXT NOT NULL,
-    iterations INTEGER NOT NULL, status TEXT NOT NULL, error TEXT, started REAL NOT NULL, ended REAL
-);
-CREATE TABLE phases (
-    iteration INTEGER NOT NULL, phase TEXT NOT NULL, started REAL NOT NULL, seconds REAL,
-    tokens INTEGER NOT NULL DEFAULT 0, metrics TEXT NOT NULL DEFAULT '{}', PRIMARY KEY (iteration, phase)
-);
-CREATE TABLE iterations (
-    iteration INTEGER PRIMARY KEY, version_number INTEGER NOT NULL, version_digest TEXT NOT NULL,
-    cursor INTEGER NOT NULL, checkpoint TEXT, metrics TEXT NOT NULL, finished REAL NOT NULL
-);
-CREATE TABLE files (
-    path TEXT PRIMARY KEY, iteration INTEGER NOT NULL, bytes INTEGER NOT NULL, digest TEXT NOT NULL,
-    written REAL NOT NULL
-);
-CREATE TABLE waves (
-    iteration INTEGER NOT NULL, wave INTEGER NOT NULL, prompts TEXT NOT NULL, issued REAL NOT NULL, sampled REAL,
-    scored REAL, outcome TEXT, evicted INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (iteration, wave)
-);
-CREATE TABLE groups (
-    iteration INTEGER NOT NULL, prompt TEXT NOT NULL, wave INTEGER NOT NULL, completions INTEGER NOT NULL,
-    scorer TEXT NOT NULL, PRIMARY KEY (iteration, prompt)
-);
-CREATE TABLE pairs (id TEXT PRIMARY KEY, iteration INTEGER NOT NULL, wave INTEGER NOT NULL);
-CREATE TABLE batches (
-    iteration INTEGER NOT NULL, number INTEGER NOT NULL, pairs TEXT NOT NULL, issued REAL, acknowledged REAL,
-    step INTEGER, outcome TEXT, result TEXT, PRIMARY KEY (iteration, number)
-);
-CREATE TABLE checkpoints (
-    path TEXT PRIMARY KEY, iteration INTEGER NOT NULL, batches INTEGER NOT NULL, step INTEGER NOT NULL,
-    digest TEXT NOT NULL, written REAL NOT NULL
-);
-CREATE TABLE publications (
-    number INTEGER PRIMARY KEY, digest TEXT NOT NULL, iteration INTEGER NOT NULL, published REAL NOT NULL
-);
-CREATE TABLE quarantine (
-    prompt TEXT PRIMARY KEY, iteration INTEGER NOT NULL, reason TEXT NOT NULL, noted REAL NOT NULL
-);
-"""
 
 
 class RunStatus(StrEnum):
@@ -271,10 +217,11 @@ class Ledger(LedgerReader):
     def __init__(self, run_dir: Path) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         if not (run_dir / FILE_NAME).exists():
-            _make(run_dir / FILE_NAME)
+            make(run_dir / FILE_NAME)
         super().__init__(run_dir)
 
     def _prepare(self) -> None:
+        self.db.execute("PRAGMA journal_mode=WAL")
         self.db.execute("PRAGMA synchronous=FULL")
 
     @contextmanager
@@ -371,21 +318,6 @@ class Ledger(LedgerReader):
         """Iterations behind `after`, and their stages but `collect`, count no more: what they stood on is lost."""
         self.db.execute("DELETE FROM iterations WHERE iteration > ?", (after,))
         self.db.execute("DELETE FROM phases WHERE iteration > ? AND phase <> 'collect'", (after,))
-
-
-def _make(path: Path) -> None:
-    """A ledger with nothing in it, which appears whole: who reads it meanwhile finds none, or all of its tables."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.unlink(missing_ok=True)  # of a process that was killed
-    try:
-        with closing(sqlite3.connect(temporary)) as db:
-            db.execute("PRAGMA journal_mode=WAL")
-            db.execute("PRAGMA synchronous=FULL")
-            db.executescript(f"BEGIN; {_TABLES} INSERT INTO schema VALUES ({SCHEMA_VERSION}); COMMIT;")
-    except sqlite3.DatabaseError as error:
-        raise DataError(f"{path}: could not be made: {error}") from error
-    temporary.replace(path)
-    sync(path.parent)
 
 
 def _finished(row: sqlite3.Row) -> FinishedIteration:

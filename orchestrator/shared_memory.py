@@ -25,7 +25,7 @@ class SharedArray:
     """
 
     pid: int
-    born: str | None
+    born: str
     """See `orchestrator.processes.started`: numbers are given anew."""
     descriptor: int
     """Of the owner."""
@@ -67,7 +67,9 @@ class SharedSlots:
             known = self._slots[self._next] = _allocate(num_bytes)
         self._next = 1 - self._next
         descriptor, array = known
-        place = SharedArray(pid=os.getpid(), born=started(os.getpid()), descriptor=descriptor, num_bytes=num_bytes)
+        place = SharedArray(
+            pid=os.getpid(), born=started(os.getpid()) or "", descriptor=descriptor, num_bytes=num_bytes
+        )
         return array[:num_bytes], place
 
 

@@ -33,7 +33,7 @@ LAYERS = [
             "orchestrator.pace",
             "orchestrator.speculation",
             *("orchestrator.shared_memory", "orchestrator.spans"),
-            *("orchestrator.store", "orchestrator.connection", "orchestrator.ledger", "orchestrator.tracking"),
+            *("orchestrator.store", "orchestrator.connection", "orchestrator.ledger*", "orchestrator.tracking"),
             "orchestrator.summary",
             *("orchestrator.accounts", "orchestrator.archive"),
         ],

@@ -96,7 +96,7 @@ def test_a_ledger_at_rest_is_read_where_nothing_may_be_written(ledger, tmp_path,
 def test_it_is_there_when_all_of_it_is(tmp_path, monkeypatch):
     """Else a reader that comes as the run begins would find a ledger without tables."""
     with monkeypatch.context() as patched:
-        patched.setattr("orchestrator.ledger._TABLES", "CREATE TABLE schema (version INTEGER); CREATE TABLE ?;")
+        patched.setattr("orchestrator.ledger_schema._TABLES", "CREATE TABLE schema (version INTEGER); CREATE TABLE ?;")
         with pytest.raises(DataError, match="could not be made"):
             Ledger(tmp_path)
     assert not (tmp_path / "ledger.sqlite").exists()

@@ -21,7 +21,7 @@ from conf.compose import compose
 from launch import cli, machines
 from launch.machines import Machine
 from launch.model_files import ModelShape, find_model, inspect_model, read_header, read_shapes, tiny_shape
-from launch.preflight import preflight
+from launch.preflight import _check_run_dir, preflight
 from launch.resources import GIB, check_resources, disk_plan, kv_bytes_per_token, memory_plan
 from learners.loading import check_weights
 from learners.policy import load_model
@@ -406,6 +406,10 @@ def test_a_folder_that_holds_another_run(refusal, place):
     (place / "taken").mkdir()
     (place / "taken" / "config.yaml").write_text("seed: 0\n")
     expect(refusal("run_dir=taken"), f"run_dir={place / 'taken'}", "another run", "agon run --resume")
+    (place / "begun").mkdir()
+    for name in ("run.lock", ".ledger.sqlite.partial", "ledger.sqlite", "ledger.sqlite-wal", ".config.yaml.partial"):
+        (place / "begun" / name).touch()
+    _check_run_dir(place / "begun", None)  # of a run that was killed before it was one
     (place / "full").mkdir()
     (place / "full" / "notes.txt").write_text("mine")
     expect(refusal("run_dir=full"), "is not empty")
