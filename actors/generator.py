@@ -12,6 +12,7 @@ from actors.engines import build_engine
 from actors.vllm_transfer import WeightReceiver
 from orchestrator.errors import PublicationError
 from orchestrator.remote import fetch
+from orchestrator.shared_memory import SharedViews
 from orchestrator.stacks import Observable
 from orchestrator.startup import uncollected
 from orchestrator.weights import Publication, install
@@ -45,6 +46,9 @@ class Generator(Observable):
             engine = build_engine(kind, **engine_options)
         self._loop = EngineLoop(engine, on_failure=_die, spans=self.spans)
         self._loop.hold(fixed_version)
+        self._views = SharedViews()
+        self._tried = False
+        """Whether the engine's forward pass was seen to agree with the learner's."""
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
         """Completes `requests`, in their order, as one wave."""
@@ -86,7 +90,8 @@ class Generator(Observable):
             self._loop.pause()
             version = None
             try:
-                version = install(engine, publication, buckets, holder=self.name)
+                version = install(engine, publication, buckets, holder=self.name, tried=self._tried)
+                self._tried = True
                 return version
             finally:
                 self._loop.hold(version)
@@ -105,7 +110,7 @@ class Generator(Observable):
     def receive(self, publication: Publication, deadline_s: float) -> list[NDArray[np.uint8]]:
         """The publication's bytes, read in place from shared memory or the object store."""
         if publication.shared is not None:
-            return [publication.shared.open()]
+            return [self._views.open(publication.shared)]
         buckets: list[NDArray[np.uint8]] = fetch(
             list(publication.buckets),
             what=f"{self.name}: bytes of weights {publication.version}",

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
-from orchestrator.weights import checksum_of_all, on_all_cores
+from orchestrator.weights import bytes_of, checksum_of_all, on_all_cores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -33,23 +34,30 @@ def load(worker: Any, tensors: Mapping[str, torch.Tensor]) -> None:
         runner.reload_weights(weights_iterator=iter(tensors.items()))
         return
     model = runner.get_model()
-    places = {name: _held(model, name) for name in tensors}
+    held_as = _reader(model)
+    places = {name: held_as(name) for name in tensors}
     direct = [(held, tensors[name]) for name, held in places.items() if held is not None]
-    on_all_cores(lambda pair: pair[0].copy_(pair[1]), direct)
+    on_all_cores(lambda pair: _write(*pair), direct, lambda pair: pair[0].nbytes)
     if rest := {name: tensors[name] for name, held in places.items() if held is None}:
         model.load_weights(rest.items())
 
 
+def _write(held: torch.Tensor, published: torch.Tensor) -> None:
+    """Where bytes need not change by the C library, which copies large blocks past the cache; torch does not."""
+    if held.dtype == published.dtype and held.is_contiguous() and published.is_contiguous():
+        np.copyto(bytes_of(held), bytes_of(published))
+    else:
+        held.copy_(published)
+
+
 def outdated(worker: Any, records: Sequence[TensorRecord]) -> list[str]:
     """Names of readable tensors that have another checksum than their record."""
-    model = worker.model_runner.get_model()
-    return outdated_among(records, lambda name: _held(model, name))
+    return outdated_among(records, _reader(worker.model_runner.get_model()))
 
 
 def unreadable(worker: Any, records: Sequence[TensorRecord]) -> list[str]:
     """Names of those whose values the worker holds in another form than was published, or nobody knows where."""
-    model = worker.model_runner.get_model()
-    return unreadable_among(records, lambda name: _held(model, name))
+    return unreadable_among(records, _reader(worker.model_runner.get_model()))
 
 
 def outdated_among(records: Sequence[TensorRecord], held_as: Callable[[str], torch.Tensor | None]) -> list[str]:
@@ -68,30 +76,33 @@ def _is_like(held: torch.Tensor | None, record: TensorRecord) -> bool:
     return held is not None and str(held.dtype) == f"torch.{record.dtype}"
 
 
-def _held(model: Any, name: str) -> torch.Tensor | None:
-    """The model's own values of a checkpoint tensor (a view), or None where they cannot be traced."""
-    *path, kind = name.split(".")
-    packed, rows = _fused(model, path)
-    try:
-        layer = model.get_submodule(".".join(packed))
-        value: torch.Tensor = layer.get_parameter(kind).detach()
-    except AttributeError:
-        return None
-    if getattr(layer, "tp_size", 1) > 1:
-        return None
-    if rows is not None:
-        value = value[rows]
-    elif hasattr(layer, "org_vocab_size"):
-        value = value[: layer.org_vocab_size]
-    return value.t() if name.endswith(TRANSPOSED.get(model.config.model_type, ())) else value
+def _reader(model: Any) -> Callable[[str], torch.Tensor | None]:
+    """Finds the model's own values of a checkpoint tensor (a view), or None where they cannot be traced."""
+    modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
+    transposed = TRANSPOSED.get(model.config.model_type, ())
+    fused = {
+        part: (packed, index)
+        for packed, parts in getattr(model, "packed_modules_mapping", {}).items()
+        for index, part in enumerate(parts)
+        if part != packed
+    }
 
+    def held_as(name: str) -> torch.Tensor | None:
+        path, _, kind = name.rpartition(".")
+        parent, dot, last = path.rpartition(".")
+        packed, index = fused.get(last, (last, None))
+        layer = modules.get(f"{parent}{dot}{packed}")
+        if layer is None:
+            return None
+        value: torch.Tensor | None = layer._parameters.get(kind)
+        if value is None or getattr(layer, "tp_size", 1) > 1:
+            return None
+        value = value.detach()
+        if index is not None:
+            sizes = layer.output_partition_sizes
+            value = value[sum(sizes[:index]) : sum(sizes[: index + 1])]
+        elif hasattr(layer, "org_vocab_size"):
+            value = value[: layer.org_vocab_size]
+        return value.t() if name.endswith(transposed) else value
 
-def _fused(model: Any, path: list[str]) -> tuple[list[str], slice | None]:
-    """The module that holds the projection at `path`, and the rows it occupies there; None means all."""
-    for packed, parts in getattr(model, "packed_modules_mapping", {}).items():
-        if path and path[-1] in parts and path[-1] != packed:
-            sizes = model.get_submodule(".".join([*path[:-1], packed])).output_partition_sizes
-            index = parts.index(path[-1])
-            start = sum(sizes[:index])
-            return [*path[:-1], packed], slice(start, start + sizes[index])
-    return path, None
+    return held_as

@@ -63,7 +63,12 @@ def main() -> None:
         spec["model"],
         loss=LossConfig(beta=spec["beta"]),
         reference=ReferenceConfig(kind="initial"),
-        learner=LearnerConfig(lr=spec["lr"], max_grad_norm=spec["max_grad_norm"], num_threads=spec["threads"]),
+        learner=LearnerConfig(
+            lr=spec["lr"],
+            max_grad_norm=spec["max_grad_norm"],
+            num_threads=spec["threads"],
+            micro_batch_tokens=spec["micro_batch_tokens"],
+        ),
     )
     optimizer: Any = trainer._optimizer
     wanted: list[str] = []

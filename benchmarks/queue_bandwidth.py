@@ -3,8 +3,8 @@
     python -m benchmarks.queue_bandwidth
 
 One process makes batches of 10 MB, another reads every byte of them. `queue` is the learner's path: put into the object
-store, hand the reference over, lease, read, acknowledge. `raw` passes the reference as an argument of a call.
-`ray queue` carries the same pairs as pickled Python objects, as one would without packing.
+store, hand the reference over while the next batch is put there, lease, read, acknowledge. `raw` passes the reference
+as an argument of a call. `ray queue` carries the same pairs as pickled Python objects, as one would without packing.
 """
 
 from __future__ import annotations
@@ -69,14 +69,18 @@ def read(batch: PreferenceBatch) -> int:
 class Consumer:
     """The learner's side."""
 
+    def meet(self, queue: BatchQueue) -> int:
+        """Connects to a queue, as every learner has long before its first batch."""
+        return queue.size()
+
     def drain_queue(self, queue: BatchQueue, count: int) -> int:
         """Leases, reads and acknowledges `count` batches."""
-        total = 0
+        total, done = 0, None
         for _ in range(count):
-            lease = queue.lease(timeout_s=WAIT_S, duration_s=WAIT_S)
+            lease = queue.lease(timeout_s=WAIT_S, duration_s=WAIT_S, done=done)
             assert lease is not None
             total += read(ray.get(lease.item))
-            queue.acknowledge(lease.id)
+            done = lease.id
         return total
 
     def read_one(self, batch: PreferenceBatch) -> int:
@@ -92,11 +96,15 @@ def through_queue(consumer: Any, batch: PreferenceBatch, size: float) -> float:
     """MB/s."""
     queue = BatchQueue.create(4, deadline_s=WAIT_S)
     queue.wait_ready(WAIT_S)
+    ray.get(consumer.meet.remote(queue))
     start = time.perf_counter()
     drained = consumer.drain_queue.remote(queue, BATCHES)
+    before: Any = None
     for _ in range(BATCHES):
-        while not queue.put(ray.put(batch), timeout_s=WAIT_S):
-            pass
+        ref = ray.put(batch)
+        if before is not None and not queue.taken(before, timeout_s=WAIT_S):
+            raise TimeoutError("the queue did not take a batch")
+        before = queue.offer(ref, timeout_s=WAIT_S)
     ray.get(drained)
     rate = size * BATCHES / (time.perf_counter() - start)
     queue.end()

@@ -66,6 +66,8 @@ class Learner(Observable):
         self._saver = Saver(learner.step_deadline_s)
         self._publish_deadline_s = 0.0
         self._probe_token_ids = probe_token_ids
+        self._probe: Probe | None = None
+        """Of the weights as they are; None: not scored yet."""
         self._dtype = dtype
         self._transport = weight_transport
         self._workers_per_receiver = workers_per_receiver
@@ -131,8 +133,9 @@ class Learner(Observable):
         with self._busy:
             self._steps_done = 0
             self._results = {number: result for number, result in self._results.items() if number >= acknowledged}
+            done: int | None = None
             while self._trainer.batches_done < end:
-                lease = queue.lease(timeout_s=self._step_deadline_s, duration_s=self._step_deadline_s)
+                lease = queue.lease(timeout_s=self._step_deadline_s, duration_s=self._step_deadline_s, done=done)
                 if lease is None:
                     raise DeadlineError(f"learner: no batch in the queue within {self._step_deadline_s:g} s")
                 batch: PreferenceBatch = fetch(
@@ -142,10 +145,13 @@ class Learner(Observable):
                     knob="learner.step_deadline_s",
                 )
                 if self._is_next(batch):
+                    self._probe = None
                     self._results[batch.number] = self._update(batch)
                     self._steps_done += 1
-                # One whose lease ran out meanwhile comes again, and is dropped then.
-                queue.acknowledge(lease.id)
+                done = lease.id  # one whose lease ran out meanwhile comes again, and is dropped then
+            if done is not None:
+                queue.acknowledge(done)
+            self._score_probe()  # now, while generators are at work: a publication makes them wait
             return [self._results[number] for number in range(start, end)]
 
     def _update(self, batch: PreferenceBatch) -> UpdateResult:
@@ -194,7 +200,9 @@ class Learner(Observable):
                 records, packed = pack(tensors)
                 buckets = tuple(ray.put(bucket) for bucket in packed)
             version = version_of(number, records)
-            return Publication(version=version, records=records, buckets=buckets, shared=shared, probe=self._probe())
+            return Publication(
+                version=version, records=records, buckets=buckets, shared=shared, probe=self._score_probe()
+            )
 
     def _share(self, tensors: Mapping[str, Tensor]) -> tuple[tuple[TensorRecord, ...], SharedArray]:
         """Copies tensors to where every process of the node can read them."""
@@ -265,6 +273,7 @@ class Learner(Observable):
             The batches consumed in the run so far.
         """
         with self._busy:
+            self._probe = None
             self._trainer.load(folder)
             self._trainer.version = version
             return self._trainer.step
@@ -279,13 +288,16 @@ class Learner(Observable):
         with self._busy, self.spans.during("copy state"):
             return self._trainer.state().copy()
 
-    def _probe(self) -> Probe:
-        logprobs: Any = np.asarray(self._trainer.score([self._probe_token_ids])[0], dtype=np.float64)
-        return Probe(
-            token_ids=self._probe_token_ids,
-            logprobs=tuple(float(value) for value in logprobs),
-            tolerance=_PROBE_TOLERANCE[self._dtype],
-        )
+    def _score_probe(self) -> Probe:
+        """Under the weights as they are; once for each state of them."""
+        if self._probe is None:
+            logprobs: Any = np.asarray(self._trainer.score([self._probe_token_ids])[0], dtype=np.float64)
+            self._probe = Probe(
+                token_ids=self._probe_token_ids,
+                logprobs=tuple(float(value) for value in logprobs),
+                tolerance=_PROBE_TOLERANCE[self._dtype],
+            )
+        return self._probe
 
 
 def _free_port() -> int:

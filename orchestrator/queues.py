@@ -132,9 +132,12 @@ class QueueActor(Observable):
             self._changed.notify_all()
             return accepted is not None
 
-    async def lease(self, timeout_s: float, duration_s: float) -> Lease[Any] | None:
-        """Waits for an item and leases it for `duration_s`; None when none came."""
+    async def lease(self, timeout_s: float, duration_s: float, done: int | None) -> Lease[Any] | None:
+        """Acknowledges the lease `done`, waits for an item and leases it for `duration_s`; None when none came."""
         async with self._changed:
+            if done is not None:
+                self._buffer.acknowledge(done)
+                self._changed.notify_all()
             return await self._wait(lambda: self._buffer.lease(now=time.monotonic(), duration=duration_s), timeout_s)
 
     async def acknowledge(self, lease_id: int) -> bool:
@@ -197,15 +200,29 @@ class BatchQueue:
         Raises:
             QueueClosedError: the queue was closed.
         """
-        return bool(self._call(self._actor.put.remote([ref], timeout_s), "put", timeout_s))
+        return self.taken(self.offer(ref, timeout_s=timeout_s), timeout_s=timeout_s)
 
-    def lease(self, *, timeout_s: float, duration_s: float) -> Lease[Any] | None:
+    def offer(self, ref: Any, *, timeout_s: float) -> Any:
+        """Begins what `put` does, and leaves it to `taken` to wait: the next batch can be made meanwhile."""
+        return self._actor.put.remote([ref], timeout_s)
+
+    def taken(self, offer: Any, *, timeout_s: float) -> bool:
+        """What `put` would have returned, or raised."""
+        return bool(self._call(offer, "put", timeout_s))
+
+    def lease(self, *, timeout_s: float, duration_s: float, done: int | None = None) -> Lease[Any] | None:
         """Waits for the reference of a batch, redelivered unless acknowledged within `duration_s`; None when none came.
+
+        Args:
+            timeout_s: of the wait.
+            duration_s: of the lease.
+            done: a lease that is acknowledged on the way, which saves a call.
 
         Raises:
             QueueClosedError: the queue was closed and is empty.
         """
-        lease: Lease[Any] | None = self._call(self._actor.lease.remote(timeout_s, duration_s), "lease", timeout_s)
+        reply = self._actor.lease.remote(timeout_s, duration_s, done)
+        lease: Lease[Any] | None = self._call(reply, "lease", timeout_s)
         return lease
 
     def acknowledge(self, lease_id: int) -> bool:

@@ -31,6 +31,11 @@ class SharedArray:
     """Of the owner."""
     num_bytes: int
 
+    @property
+    def is_owned(self) -> bool:
+        """Whether the owner lives, where this process can see it."""
+        return started(self.pid) == self.born
+
     def open(self) -> NDArray[np.uint8]:
         """The bytes, read-only, as they are at each moment.
 
@@ -38,7 +43,7 @@ class SharedArray:
             LostObjectError: the owner is dead, or lives where this process cannot see it.
         """
         try:
-            if started(self.pid) != self.born:
+            if not self.is_owned:
                 raise ProcessLookupError(self.pid)
             with open(f"/proc/{self.pid}/fd/{self.descriptor}", "rb") as file:
                 # All pages at once: each would otherwise interrupt whoever reads it first.
@@ -49,6 +54,25 @@ class SharedArray:
                 f"the shared memory of process {self.pid} cannot be read: {error or type(error).__name__}"
             ) from error
         return np.frombuffer(mapped, np.uint8)
+
+
+class SharedViews:
+    """Arrays of another process, mapped once each: its slots come again and again."""
+
+    def __init__(self) -> None:
+        self._owner: tuple[int, str] | None = None
+        self._views: dict[int, NDArray[np.uint8]] = {}
+
+    def open(self, place: SharedArray) -> NDArray[np.uint8]:
+        """See `SharedArray.open`. What a dead owner left is let go of when another one's is opened."""
+        owner = (place.pid, place.born)
+        if owner != self._owner:
+            self._owner, self._views = owner, {}
+        known = self._views.get(place.descriptor)
+        # A slot is replaced by a larger one only, whose descriptor may be that of the smaller one.
+        if known is None or len(known) < place.num_bytes or not place.is_owned:
+            known = self._views[place.descriptor] = place.open()
+        return known[: place.num_bytes]
 
 
 class SharedSlots:

@@ -27,7 +27,7 @@ from orchestrator.learning import FOLDER
 from orchestrator.remote import fetch_with_progress
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from conf.schema import Config
@@ -153,8 +153,12 @@ class Training:
         return results
 
     def _feed(self, iteration: int, batches: list[list[PreferencePair]], start: int, end: int, training: Any) -> None:
-        """Puts packed batches into the queue as room appears, and stops as soon as the learner does."""
-        deadline_s, loss = self._config.learner.step_deadline_s, self._config.loss
+        """Puts packed batches into the queue as room appears, and stops as soon as the learner does.
+
+        One is packed while the one before is handed over.
+        """
+        loss = self._config.loss
+        before: tuple[Any, Any] | None = None
         mismatched = OBJECTIVES[loss.name].mismatched
         for number in range(start, end):
             packed = batching.pack(
@@ -166,17 +170,29 @@ class Training:
                 stale=grows_old(self._config) and loss.importance_clip > 1,
             )
             self._accounts.issue_batch(iteration, number)
-            reference, give_up_at = ray.put(packed), time.monotonic() + deadline_s
+            reference = ray.put(packed)
             self._handed_out.append(reference)
-            while not self._learning.queue.put(reference, timeout_s=_PUT_SLICE_S):
-                self._show(start, len(batches))
-                if ray.wait([training], timeout=0)[0]:
-                    return
-                if time.monotonic() > give_up_at:
-                    raise DeadlineError(
-                        f"learner: took no batch from the queue within {deadline_s:g} s; raise learner.step_deadline_s"
-                        " if a step is really that long, or lower learner.batch_pairs"
-                    )
+            if before and not self._is_taken(*before, training, lambda: self._show(start, len(batches))):
+                return
+            before = (reference, self._learning.queue.offer(reference, timeout_s=_PUT_SLICE_S))
+        if before:
+            self._is_taken(*before, training, lambda: self._show(start, len(batches)))
+
+    def _is_taken(self, reference: Any, offer: Any, training: Any, show: Callable[[], None]) -> bool:
+        """Waits until the queue has a batch; False where the learner stopped meanwhile."""
+        deadline_s = self._config.learner.step_deadline_s
+        give_up_at = time.monotonic() + deadline_s
+        while not self._learning.queue.taken(offer, timeout_s=_PUT_SLICE_S):
+            show()
+            if ray.wait([training], timeout=0)[0]:
+                return False
+            if time.monotonic() > give_up_at:
+                raise DeadlineError(
+                    f"learner: took no batch from the queue within {deadline_s:g} s; raise learner.step_deadline_s"
+                    " if a step is really that long, or lower learner.batch_pairs"
+                )
+            offer = self._learning.queue.offer(reference, timeout_s=_PUT_SLICE_S)
+        return True
 
     def _save(self, iteration: int, batches: int, results: list[UpdateResult], *, is_last: bool) -> CheckpointRecord:
         """Has the learner copy its state, to be written while it goes on; it counts once it is acknowledged."""

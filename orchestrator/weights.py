@@ -28,7 +28,7 @@ from orchestrator.errors import PublicationError
 from orchestrator.types import PolicyVersion
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     import torch
 
@@ -41,7 +41,7 @@ Result = TypeVar("Result")
 _ALIGNMENT = 64  # bytes; lets every dtype be viewed in place
 BUCKET_BYTES = 256 << 20
 _MOST_THREADS = 4  # enough to fill the memory's bandwidth
-_CHUNK_BYTES = 256 << 10  # what was just copied is summed up while it is still in the cache
+_CHUNK_BYTES = 1 << 20  # what was just summed up is copied while it is still in the cache
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +116,7 @@ def pack(
 
     def copy(item: tuple[tuple[str, torch.Tensor], tuple[int, int]]) -> TensorRecord:
         (name, tensor), (bucket, offset) = item
-        checksum = _copy(buckets[bucket][offset : offset + tensor.nbytes], _bytes(tensor))
+        checksum = copy_and_sum_up(buckets[bucket][offset : offset + tensor.nbytes], bytes_of(tensor))
         return TensorRecord(
             name=name,
             dtype=str(tensor.dtype).removeprefix("torch."),
@@ -127,20 +127,21 @@ def pack(
             checksum=checksum,
         )
 
-    return tuple(on_all_cores(copy, zip(tensors.items(), places, strict=True))), buckets
+    items = list(zip(tensors.items(), places, strict=True))
+    return tuple(on_all_cores(copy, items, lambda item: item[0][1].nbytes)), buckets
 
 
-def _copy(target: NDArray[np.uint8], source: NDArray[np.uint8]) -> str:
-    """Fills `target`; returns the checksum of what it then holds."""
+def copy_and_sum_up(target: NDArray[np.uint8], source: NDArray[np.uint8]) -> str:
+    """Fills `target`; returns the checksum of `source`."""
     checksum = xxhash.xxh3_64()
     for start in range(0, len(source), _CHUNK_BYTES):
-        part = target[start : start + _CHUNK_BYTES]
-        np.copyto(part, source[start : start + _CHUNK_BYTES])
+        part = source[start : start + _CHUNK_BYTES]
         checksum.update(part.data)
+        np.copyto(target[start : start + _CHUNK_BYTES], part)
     return checksum.hexdigest()
 
 
-def _bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
+def bytes_of(tensor: torch.Tensor) -> NDArray[np.uint8]:
     """Of a tensor in the order of its elements; a view where that is how they lie."""
     import torch  # where there are tensors it is loaded; the controller has none
 
@@ -148,10 +149,14 @@ def _bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
     return flat
 
 
-def on_all_cores(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """For functions that copy or sum up bytes, during which Python lets other threads run."""
+def on_all_cores(
+    function: Callable[[Item], Result], items: Sequence[Item], num_bytes: Callable[[Item], int]
+) -> list[Result]:
+    """For functions that copy or sum up bytes, during which Python lets other threads run; the largest go first."""
     with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
-        return list(pool.map(function, items))
+        by_size = sorted(range(len(items)), key=lambda index: num_bytes(items[index]), reverse=True)
+        waited_for = {index: pool.submit(function, items[index]) for index in by_size}
+        return [waited_for[index].result() for index in range(len(items))]
 
 
 def digest(records: Sequence[TensorRecord]) -> str:
@@ -172,12 +177,18 @@ def version_of(number: int, records: Sequence[TensorRecord]) -> PolicyVersion:
 
 def checksum_of_all(tensors: Sequence[torch.Tensor]) -> list[str]:
     """xxh3-64 of the bytes of each tensor, as in its `TensorRecord`."""
-    return on_all_cores(lambda tensor: xxhash.xxh3_64_hexdigest(_bytes(tensor).data), tensors)
+    return on_all_cores(
+        lambda tensor: xxhash.xxh3_64_hexdigest(bytes_of(tensor).data), tensors, lambda tensor: tensor.nbytes
+    )
 
 
 def corrupted(records: Sequence[TensorRecord], buckets: Sequence[NDArray[np.uint8]]) -> list[str]:
     """Names of tensors whose bytes do not match their checksum."""
-    found = on_all_cores(lambda record: xxhash.xxh3_64_hexdigest(_bytes_of(record, buckets).data), records)
+    found = on_all_cores(
+        lambda record: xxhash.xxh3_64_hexdigest(_part_of(record, buckets).data),
+        records,
+        lambda record: record.num_bytes,
+    )
     return [record.name for record, checksum in zip(records, found, strict=True) if checksum != record.checksum]
 
 
@@ -191,30 +202,40 @@ def unpack(records: Sequence[TensorRecord], buckets: Sequence[NDArray[np.uint8]]
         warnings.filterwarnings("ignore", message=".*not writable.*")
         for record in records:
             dtype = getattr(torch, record.dtype)
-            part = _bytes_of(record, buckets)
+            part = _part_of(record, buckets)
             flat = torch.from_numpy(part).view(dtype) if record.num_bytes else torch.empty(0, dtype=dtype)
             tensors[record.name] = flat.view(record.shape)
     return tensors
 
 
-def _bytes_of(record: TensorRecord, buckets: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+def _part_of(record: TensorRecord, buckets: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
     return buckets[record.bucket][record.offset : record.offset + record.num_bytes]
 
 
 def install(
-    engine: Engine, publication: Publication, buckets: Sequence[NDArray[np.uint8]], *, holder: str
+    engine: Engine, publication: Publication, buckets: Sequence[NDArray[np.uint8]], *, holder: str, tried: bool = False
 ) -> PolicyVersion:
-    """Loads a publication into an engine and proves it; `holder` names the generator in errors.
+    """Loads a publication into an engine and proves it.
 
     What the engine holds afterwards is summed up and held against the checksums, which proves the way of the bytes as
     well; bytes whose end it cannot show are proved before they are loaded. What came by NCCL or IPC is loaded already.
 
+    Args:
+        engine: of the generator.
+        publication: to be loaded.
+        buckets: its bytes.
+        holder: names the generator in errors.
+        tried: the engine's forward pass agreed with the learner's before. It is tried again only where tensors are held
+            in a form that cannot be read back: it computes the same function of the same bytes.
+
     Raises:
-        PublicationError: the bytes, the engine's own copy or its forward pass do not match the publication.
+        PublicationError: the bytes, the engine's own copy or its forward pass do not match the publication; or the
+            weights are of no use.
     """
     records = publication.records
+    _refuse_diverged(publication)
+    hidden = set(engine.unreadable(records))
     if publication.is_packed:
-        hidden = set(engine.unreadable(records))
         _refuse_damaged(corrupted([one for one in records if one.name in hidden], buckets), publication, holder)
         engine.load_weights(unpack(records, buckets))
     if outdated := engine.outdated(records):
@@ -225,8 +246,17 @@ def install(
             f" {len(records)} tensors differ). The engine did not take the update; this is a defect of the engine or"
             " its version: pin the version this project was tested with."
         )
-    _try_probe(engine, publication, holder)
+    if hidden or not tried:
+        _try_probe(engine, publication, holder)
     return publication.version
+
+
+def _refuse_diverged(publication: Publication) -> None:
+    if not np.isfinite(publication.probe.logprobs).all():
+        raise PublicationError(
+            f"weights {publication.version} give log-probs that are not finite, in the learner itself: training has"
+            " diverged. Start a new run with a lower learner.lr; finished iterations can be exported (agon export)."
+        )
 
 
 def _refuse_damaged(names: Sequence[str], publication: Publication, holder: str) -> None:
@@ -243,11 +273,6 @@ def _try_probe(engine: Engine, publication: Publication, holder: str) -> None:
     probe = publication.probe
     if not probe.logprobs:
         return
-    if not np.isfinite(probe.logprobs).all():
-        raise PublicationError(
-            f"weights {publication.version} give log-probs that are not finite, in the learner itself: training has"
-            " diverged. Start a new run with a lower learner.lr; finished iterations can be exported (agon export)."
-        )
     found = np.asarray(engine.score([probe.token_ids])[0], dtype=np.float64)
     worst = float(np.max(np.abs(found - np.asarray(probe.logprobs))))
     if not worst <= probe.tolerance:

@@ -312,7 +312,7 @@ def test_a_lease_that_ran_out_while_training_is_no_error(ray_cluster, learner, m
     queue = BatchQueue.create(20, deadline_s=30)
     put(queue, made[:2])
     lease = queue.lease
-    monkeypatch.setattr(queue, "lease", lambda *, timeout_s, duration_s: lease(timeout_s=timeout_s, duration_s=0))
+    monkeypatch.setattr(queue, "lease", lambda *, timeout_s, duration_s, done: lease(timeout_s=timeout_s, duration_s=0))
     queue_acknowledge, refused = queue.acknowledge, []
 
     def acknowledge(lease_id):
@@ -348,7 +348,7 @@ def test_a_queue_that_dies_leaves_a_learner_that_goes_on(ray_cluster, learner, m
 
 def test_a_queue_without_batches_is_named(learner):
     class Empty:
-        def lease(self, *, timeout_s, duration_s):
+        def lease(self, *, timeout_s, duration_s, done):
             return None
 
     with pytest.raises(DeadlineError, match="no batch in the queue within 20 s"):

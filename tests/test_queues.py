@@ -134,3 +134,20 @@ def test_batches_pass_through_ray_zero_copy_with_back_pressure(ray_cluster):
     with pytest.raises(QueueClosedError):
         queue.put(refs[0], timeout_s=1)
     assert queue.size() == 2
+
+
+def test_a_lease_makes_room_for_an_offer_by_what_is_done(ray_cluster):
+    queue = BatchQueue.create(1, deadline_s=30)
+    refs = [ray.put(number) for number in range(3)]
+    assert queue.put(refs[0], timeout_s=5)
+    first = queue.lease(timeout_s=5, duration_s=60)
+    offer = queue.offer(refs[1], timeout_s=30)
+    assert not ray.wait([offer], timeout=0.2)[0], "full"
+    second = queue.lease(timeout_s=5, duration_s=60, done=first.id)
+    assert second.item == refs[1]
+    assert queue.taken(offer, timeout_s=5)
+    assert queue.lease(timeout_s=0.1, duration_s=60, done=first.id) is None, "done twice is done once"
+    assert queue.size() == 1
+    assert queue.lease(timeout_s=0.1, duration_s=60, done=second.id) is None
+    assert queue.size() == 0
+    assert queue.taken(queue.offer(refs[2], timeout_s=5), timeout_s=5)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from orchestrator.errors import LostObjectError
-from orchestrator.shared_memory import SharedArray, SharedSlots
+from orchestrator.shared_memory import SharedArray, SharedSlots, SharedViews
 
 OWNER = textwrap.dedent("""
     import sys
@@ -67,3 +67,31 @@ def test_slots_keep_the_one_before_and_are_used_again():
         assert np.array_equal(place.open(), array)
     del first, second, third, reader, array
     assert len(os.listdir("/proc/self/fd")) <= descriptors
+
+
+def test_views_follow_slots_that_grow_and_map_each_once():
+    slots, views = SharedSlots(), SharedViews()
+    mapped = {}
+    for number, size in enumerate((100, 100, 50, 100, 5000, 5000, 80, 70_000), start=1):
+        array, place = slots.take(size)
+        array[:] = number
+        found = views.open(place)
+        assert found.nbytes == size
+        assert (found == number).all()
+        if (known := mapped.get(place.descriptor)) is not None and size <= len(known):
+            assert np.shares_memory(found, known), "mapped once"
+        else:
+            mapped[place.descriptor] = found
+
+
+def test_views_of_a_dead_owner_are_not_given_again():
+    owner, place = written_by_another()
+    views = SharedViews()
+    assert (views.open(place) == 7).all()
+    owner.send_signal(signal.SIGKILL)
+    owner.wait(10)
+    with pytest.raises(LostObjectError, match=f"process {owner.pid} cannot be read"):
+        views.open(place)
+    array, own = SharedSlots().take(10)
+    array[:] = 3
+    assert (views.open(own) == 3).all()

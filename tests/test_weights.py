@@ -165,6 +165,39 @@ def test_a_probe_that_disagrees_is_refused(found, monkeypatch):
         install(engine, published, published.buckets, holder="generator-0")
 
 
+def test_the_forward_pass_is_tried_until_it_agreed_and_whenever_tensors_are_hidden(monkeypatch):
+    engine, published = CountingEngine(), publication(NAMED)
+    monkeypatch.setattr(engine, "score", lambda sequences: [np.array([-1.0, -9.0])])
+    assert install(engine, published, published.buckets, holder="generator-0", tried=True) == published.version
+    engine.hidden = ("model.head",)
+    with pytest.raises(PublicationError, match="log-probs of the probe"):
+        install(engine, published, published.buckets, holder="generator-0", tried=True)
+
+
+def test_a_generator_tries_the_first_weights_only(monkeypatch):
+    engine, published = CountingEngine(), publication(NAMED)
+    scored = []
+    monkeypatch.setattr("actors.generator.build_engine", lambda kind: engine)
+
+    def score(sequences):
+        scored.append(sequences)
+        return [np.array([-1.0, -9.0 if len(scored) == 1 else -1.0])]
+
+    monkeypatch.setattr(engine, "score", score)
+    generator = Waiting("generator-0", "counting", {})
+    generator.gate = threading.Event()
+    generator.gate.set()
+
+    async def publish():
+        with pytest.raises(PublicationError, match="log-probs of the probe"):
+            await generator.update_weights(published, 20.0)
+        for _ in range(2):
+            assert await generator.update_weights(published, 20.0) == published.version
+
+    asyncio.run(publish())
+    assert len(scored) == 2, "once more after it failed, and never again"
+
+
 def test_buckets_respect_their_size():
     _, buckets = pack({f"t{i}": torch.zeros(16) for i in range(10)}, bucket_bytes=128)
     assert [bucket.nbytes for bucket in buckets] == [128] * 5
