@@ -22,6 +22,7 @@ from actors.generator import Generator
 from benchmarks.models import VOCABULARY, make_llama
 from benchmarks.report import Comparison, in_turn, of_medians, report, seconds
 from benchmarks.sides import Side
+from launch.placement import LARGE_PAGES
 from orchestrator.pools import ActorPool
 from orchestrator.types import Completion, GenerationRequest, PolicyVersion, SamplingParams
 
@@ -46,7 +47,7 @@ def start_pool(
         "tensor_parallel_size": 1,
         "seed": 0,
     }
-    environment = {"env_vars": {"OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"}}
+    environment = {"env_vars": LARGE_PAGES | {"OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"}}
     version = PolicyVersion(number=0, digest="0" * 16)
     pool: ActorPool[GenerationRequest, Completion] = ActorPool(
         role="generator",
