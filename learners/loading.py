@@ -113,8 +113,9 @@ def _load(folder: str | Path, read: Callable[[Any], tuple[nn.Module, Mapping[str
             said = str(error).strip().partition("\n")[0]
             raise ModelError(f"{folder}: transformers {VERSION} cannot load a model from it: {said}") from error
     _complain(folder, info)
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()  # else memory of the file, whose pages change and vanish with it
+    if not torch.cuda.is_available():  # on its way there it is copied anyway
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()  # else memory of the file, whose pages change and vanish with it
     return model
 
 

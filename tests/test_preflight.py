@@ -315,6 +315,17 @@ def test_loading_makes_up_no_weights(place):
         new_model(place / "model", HeadConfig(kind="gpm"), max_length=64)
 
 
+def test_a_model_that_was_loaded_does_not_change_with_its_file(place):
+    """Weights that are mapped from it would, as long as nobody writes to them."""
+    model = load_model(place / "model")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    path = place / "model" / "model.safetensors"
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(bytes(path.stat().st_size // 2))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("values", "parts"),
     [
