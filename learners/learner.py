@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import threading
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import ray
@@ -20,7 +22,7 @@ from orchestrator.startup import uncollected
 from orchestrator.weights import Probe, Publication, checksums, pack, version_of
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from orchestrator.shared_memory import SharedArray
     from orchestrator.types import Completion, PreferenceBatch, Prompt, SeedSequence, UpdateResult
     from orchestrator.weights import TensorRecord
+
+Result = TypeVar("Result")
 
 _PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}
 """Largest allowed difference of a token's log-prob between two engines. Two orders of summation through 24 layers were
@@ -60,7 +64,7 @@ class Learner(Observable):
             from learners.saving import Saver
             from learners.trainer import Trainer
 
-        self._busy = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "computes")
         self._steps_done = 0
         self._step_deadline_s = learner.step_deadline_s
         self._saver = Saver(learner.step_deadline_s)
@@ -76,7 +80,8 @@ class Learner(Observable):
         self._sender: WeightSender | None = None
         self._results: dict[int, UpdateResult] = {}
         """Of batches of the iteration, by number, that were consumed since the state that was loaded last."""
-        self._trainer = Trainer(
+        make = partial(
+            Trainer,
             model_dir=model_dir,
             dtype=dtype,
             loss=loss,
@@ -86,6 +91,7 @@ class Learner(Observable):
             seeds=seeds,
             seed=seed,
         )
+        self._trainer = self._alone(make)
 
     def ready(self) -> int:
         """The process id, once the model is loaded."""
@@ -104,10 +110,13 @@ class Learner(Observable):
 
         Changes nothing of an iteration under way. Returns how many of its batches are done.
         """
-        with self._busy:
+
+        def begin() -> int:
             if iteration != self._trainer.iteration:
                 self._results.clear()
             return self._trainer.begin_iteration(iteration, total_steps)
+
+        return self._alone(begin)
 
     def train(self, queue: BatchQueue, start: int, end: int, *, acknowledged: int) -> list[UpdateResult]:
         """Consumes batches of the iteration from the queue until `end` of them are done, each once.
@@ -130,29 +139,31 @@ class Learner(Observable):
             ActorLostError: the queue died. What was consumed before counts: call again with another queue.
             RuntimeError: a batch is missing in the queue.
         """
-        with self._busy:
-            self._steps_done = 0
-            self._results = {number: result for number, result in self._results.items() if number >= acknowledged}
-            done: int | None = None
-            while self._trainer.batches_done < end:
-                lease = queue.lease(timeout_s=self._step_deadline_s, duration_s=self._step_deadline_s, done=done)
-                if lease is None:
-                    raise DeadlineError(f"learner: no batch in the queue within {self._step_deadline_s:g} s")
-                batch: PreferenceBatch = fetch(
-                    lease.item,
-                    what="learner: a batch out of the queue",
-                    deadline_s=self._step_deadline_s,
-                    knob="learner.step_deadline_s",
-                )
-                if self._is_next(batch):
-                    self._probe = None
-                    self._results[batch.number] = self._update(batch)
-                    self._steps_done += 1
-                done = lease.id  # one whose lease ran out meanwhile comes again, and is dropped then
-            if done is not None:
-                queue.acknowledge(done)
-            self._score_probe()  # now, while generators are at work: a publication makes them wait
-            return [self._results[number] for number in range(start, end)]
+        return self._alone(lambda: self._train(queue, start, end, acknowledged))
+
+    def _train(self, queue: BatchQueue, start: int, end: int, acknowledged: int) -> list[UpdateResult]:
+        self._steps_done = 0
+        self._results = {number: result for number, result in self._results.items() if number >= acknowledged}
+        done: int | None = None
+        while self._trainer.batches_done < end:
+            lease = queue.lease(timeout_s=self._step_deadline_s, duration_s=self._step_deadline_s, done=done)
+            if lease is None:
+                raise DeadlineError(f"learner: no batch in the queue within {self._step_deadline_s:g} s")
+            batch: PreferenceBatch = fetch(
+                lease.item,
+                what="learner: a batch out of the queue",
+                deadline_s=self._step_deadline_s,
+                knob="learner.step_deadline_s",
+            )
+            if self._is_next(batch):
+                self._probe = None
+                self._results[batch.number] = self._update(batch)
+                self._steps_done += 1
+            done = lease.id  # one whose lease ran out meanwhile comes again, and is dropped then
+        if done is not None:
+            queue.acknowledge(done)
+        self._score_probe()  # now, while generators are at work: a publication makes them wait
+        return [self._results[number] for number in range(start, end)]
 
     def _update(self, batch: PreferenceBatch) -> UpdateResult:
         try:
@@ -187,22 +198,24 @@ class Learner(Observable):
         Raises:
             DeadlineError: a receiver has not got them within `deadline_s`.
         """
-        with self._busy, self.spans.during("publish"):
-            self._trainer.version = number
-            tensors, buckets, shared = self._trainer.named_tensors(), (), None
-            if self._transport != "object_store":
-                self._publish_deadline_s = deadline_s
-                self._send(receivers)
-                records = checksums(tensors)
-            elif nodes is not None and set(nodes) <= {ray.get_runtime_context().get_node_id()}:
-                records, shared = self._share(tensors)
-            else:
-                records, packed = pack(tensors)
-                buckets = tuple(ray.put(bucket) for bucket in packed)
-            version = version_of(number, records)
-            return Publication(
-                version=version, records=records, buckets=buckets, shared=shared, probe=self._score_probe()
-            )
+        return self._alone(lambda: self._publish(number, receivers, nodes, deadline_s), "publish")
+
+    def _publish(
+        self, number: int, receivers: Sequence[Any], nodes: Collection[str] | None, deadline_s: float
+    ) -> Publication:
+        self._trainer.version = number
+        tensors, buckets, shared = self._trainer.named_tensors(), (), None
+        if self._transport != "object_store":
+            self._publish_deadline_s = deadline_s
+            self._send(receivers)
+            records = checksums(tensors)
+        elif nodes is not None and set(nodes) <= {ray.get_runtime_context().get_node_id()}:
+            records, shared = self._share(tensors)
+        else:
+            records, packed = pack(tensors)
+            buckets = tuple(ray.put(bucket) for bucket in packed)
+        version = version_of(number, records)
+        return Publication(version=version, records=records, buckets=buckets, shared=shared, probe=self._score_probe())
 
     def _share(self, tensors: Mapping[str, Tensor]) -> tuple[tuple[TensorRecord, ...], SharedArray]:
         """Copies tensors to where every process of the node can read them."""
@@ -244,15 +257,13 @@ class Learner(Observable):
 
     def kl_to_initial(self, samples: Sequence[tuple[Prompt, Completion]]) -> float:
         """KL(policy || initial model) per completion, nats, estimated on completions the policy sampled."""
-        with self._busy, self.spans.during("KL"):
-            return self._trainer.kl_to_initial(samples)
+        return self._alone(lambda: self._trainer.kl_to_initial(samples), "KL")
 
     def reference_logprobs(
         self, sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
     ) -> list[NDArray[np.float32]] | None:
         """See `Trainer.reference_logprobs`."""
-        with self._busy, self.spans.during("reference"):
-            return self._trainer.reference_logprobs(sequences)
+        return self._alone(lambda: self._trainer.reference_logprobs(sequences), "reference")
 
     def save(self, folder: str) -> None:
         """Copies the state, which is then written while training goes on; `saved` tells when it is durable."""
@@ -272,11 +283,14 @@ class Learner(Observable):
         Returns:
             The batches consumed in the run so far.
         """
-        with self._busy:
+
+        def restore() -> int:
             self._probe = None
             self._trainer.load(folder)
             self._trainer.version = version
             return self._trainer.step
+
+        return self._alone(restore)
 
     def export(self, model_dir: str, checkpoint: str | None, dtype: str, folder: str) -> None:
         """See `learners.export.write_model`."""
@@ -285,8 +299,20 @@ class Learner(Observable):
         write_model(model_dir, checkpoint, dtype, folder)
 
     def _copied_state(self) -> State:
-        with self._busy, self.spans.during("copy state"):
-            return self._trainer.state().copy()
+        return self._alone(lambda: self._trainer.state().copy(), "copy state")
+
+    def _alone(self, work: Callable[[], Result], what: str | None = None) -> Result:
+        """Does it in the one thread that computes, after what came before; `what` it does is noted.
+
+        OpenMP gives every thread that computes a team of its own. Teams that together are larger than the machine sleep
+        between two loops instead of spinning: with a second one an optimizer step was seen to take twice as long.
+        """
+
+        def job() -> Result:
+            with self.spans.during(what) if what else nullcontext():
+                return work()
+
+        return self._thread.submit(job).result()
 
     def _score_probe(self) -> Probe:
         """Under the weights as they are; once for each state of them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from dataclasses import replace
 
@@ -353,3 +354,28 @@ def test_a_queue_without_batches_is_named(learner):
 
     with pytest.raises(DeadlineError, match="no batch in the queue within 20 s"):
         learner.train(Empty(), 0, 1, acknowledged=0)
+
+
+def test_one_thread_computes_whoever_asks(learner, tmp_path, monkeypatch):
+    """A second one would have a team of OpenMP of its own, and both would sleep between loops."""
+    seen = []
+    for name in ("begin_iteration", "score", "state"):
+        original = getattr(learner._trainer, name)
+
+        def noting(*arguments, original=original):
+            seen.append(threading.get_ident())
+            return original(*arguments)
+
+        monkeypatch.setattr(learner._trainer, name, noting)
+
+    def ask():
+        learner.begin_iteration(1, 6)
+        learner._alone(learner._score_probe)
+        learner.save(str(tmp_path / f"saved-{threading.get_ident()}"))
+
+    ask()
+    other = threading.Thread(target=ask)
+    other.start()
+    other.join()
+    assert len(seen) == 5, "the probe is scored once"
+    assert len(set(seen)) == 1
