@@ -112,8 +112,12 @@ def _init_ray(config: Config) -> None:
         num_cpus=cores,
         object_store_memory=cluster.object_store_mb << 20,
         include_dashboard=False,
-        # Nobody reads what Ray notes of every call for its dashboard, and a controller holds up to 100,000 of them.
-        _system_config={"task_events_report_interval_ms": 0},
+        _system_config={
+            # Nobody reads what Ray notes of every call for its dashboard, and a controller holds up to 100,000 of them.
+            "task_events_report_interval_ms": 0,
+            # Workers in advance: actors have environments of their own, so that those would only take time from them.
+            "prestart_worker_first_driver": False,
+        },
         **quiet,
     )
 
