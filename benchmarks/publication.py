@@ -5,8 +5,9 @@
 `agon` is all that stands between the end of training and a generator that answers with the new weights: copy with
 checksums, load, read back, compare. `memcpy` copies the same bytes from one array to another, both touched before. The
 probe sequence, whose log-probs under the learner's weights a generator must reproduce, is scored by the learner as
-training ends and by a generator the first time it gets weights: neither is in the figures. `floor` is what no program
-on this machine can do without: the bytes copied twice and summed up twice, in one process, with both cores.
+training ends and by a generator the first time it gets weights: neither is in the figures. `floor` is what is left
+without processes and calls: the bytes copied twice (to where both see them, into the engine) and summed up twice (as
+they leave, and where they arrived), by two threads.
 """
 
 from __future__ import annotations

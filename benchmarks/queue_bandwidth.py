@@ -81,6 +81,8 @@ class Consumer:
             assert lease is not None
             total += read(ray.get(lease.item))
             done = lease.id
+        if done is not None:
+            queue.acknowledge(done)
         return total
 
     def read_one(self, batch: PreferenceBatch) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -157,7 +158,7 @@ class Training:
 
         One is packed while the one before is handed over.
         """
-        loss = self._config.loss
+        loss, show = self._config.loss, partial(self._show, start, len(batches))
         before: tuple[Any, Any] | None = None
         mismatched = OBJECTIVES[loss.name].mismatched
         for number in range(start, end):
@@ -172,11 +173,11 @@ class Training:
             self._accounts.issue_batch(iteration, number)
             reference = ray.put(packed)
             self._handed_out.append(reference)
-            if before and not self._is_taken(*before, training, lambda: self._show(start, len(batches))):
+            if before and not self._is_taken(*before, training, show):
                 return
             before = (reference, self._learning.queue.offer(reference, timeout_s=_PUT_SLICE_S))
         if before:
-            self._is_taken(*before, training, lambda: self._show(start, len(batches)))
+            self._is_taken(*before, training, show)
 
     def _is_taken(self, reference: Any, offer: Any, training: Any, show: Callable[[], None]) -> bool:
         """Waits until the queue has a batch; False where the learner stopped meanwhile."""
