@@ -52,10 +52,15 @@ class Engine(Protocol):
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to do."""
 
-    def load_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def load_weights(self, tensors: Mapping[str, torch.Tensor], *, lasts: bool = False) -> None:
         """Replaces weights in place (Hugging Face checkpoint names) and drops every cache of the old ones.
 
         Running requests go on under the new weights; their cached keys and values are recomputed.
+
+        Args:
+            tensors: by name.
+            lasts: nobody writes to their memory before the next weights are loaded: an engine may keep it instead of a
+                copy.
         """
 
     def outdated(self, records: Sequence[TensorRecord]) -> list[str]:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils import logging
 
 from actors.engine import EngineOutput, check_sequences, token_budget
-from actors.held_weights import outdated_among, unreadable_among
+from actors.held_weights import Held, outdated_among, take, unreadable_among
 from learners.loading import load, tokenizer_of
 from orchestrator.errors import ConfigError, ModelError
 from orchestrator.types import FinishReason
@@ -88,6 +88,7 @@ class TransformersEngine:
         if positions < max_length:
             raise ModelError(f"{model_dir} has {positions} positions; model.max_length is {max_length}. Lower it.")
         self._model = model.to(self._device)
+        self._held: dict[str, torch.Tensor] = self._model.state_dict(keep_vars=True)
         self._tokenizer = tokenizer_of(model_dir)
         ends = self._model.generation_config.eos_token_id
         self._ends = {self._tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
@@ -141,28 +142,31 @@ class TransformersEngine:
         return bool(self._rows or self._waiting)
 
     @torch.no_grad()
-    def load_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Replaces weights in place; keys and values of running requests are computed again.
+    def load_weights(self, tensors: Mapping[str, torch.Tensor], *, lasts: bool = False) -> None:
+        """Replaces weights in place; keys and values of running requests are computed again. `lasts`: see `Engine`.
 
         Raises:
             ModelError: The model has no tensor of that name and shape.
         """
-        held = self._model.state_dict()
+        held = self._held
         for name, tensor in tensors.items():
             if name not in held or held[name].shape != tensor.shape:
                 shape = tuple(held[name].shape) if name in held else "no such tensor"
                 raise ModelError(f"Weights to load name {name!r} of {tuple(tensor.shape)}; the model has {shape}.")
-        for name, tensor in tensors.items():
-            held[name].copy_(tensor)
+        if self._device.type == "cpu":
+            take(self._model, tensors, self._find, lasts=lasts)
+        else:
+            for name, tensor in tensors.items():
+                held[name].data.copy_(tensor)
         self._cache = None
 
     def outdated(self, records: Sequence[TensorRecord]) -> list[str]:
         """Names of tensors that have another checksum than their record; see `unreadable`."""
-        return outdated_among(records, self._model.state_dict().get)
+        return outdated_among(records, self._find)
 
     def unreadable(self, records: Sequence[TensorRecord]) -> list[str]:
         """Those that `outdated` cannot compare: unknown to the model, or of another dtype."""
-        return unreadable_among(records, self._model.state_dict().get)
+        return unreadable_among(records, self._find)
 
     @torch.inference_mode()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
@@ -182,8 +186,13 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Frees the device."""
-        del self._model, self._cache
+        del self._model, self._held, self._cache
         torch.cuda.empty_cache()
+
+    def _find(self, name: str) -> Held | None:
+        """A tensor of the checkpoint, which transformers holds by the same name."""
+        held = self._held.get(name)
+        return None if held is None else Held(held, held.detach())
 
     def _prefill(self) -> torch.Tensor:
         """Runs prompts and the tokens they have so far, padded on the left. Returns logits [B, V] of the last."""

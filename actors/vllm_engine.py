@@ -20,6 +20,7 @@ import torch
 
 from actors import held_weights
 from actors.engine import EngineOutput, check_sequences, token_budget
+from learners.products import use_fastest_products
 from orchestrator.errors import ModelError, PublicationError
 from orchestrator.types import FinishReason
 
@@ -88,6 +89,7 @@ class VllmEngine:
             args |= _gpu_arguments(tensor_parallel_size, gpu_memory_utilization)
         else:
             _keep_plain_weights()
+            use_fastest_products()
             args |= _cpu_arguments(max_length=max_length, kv_cache_mb=kv_cache_mb)
         config = EngineArgs(**args).create_engine_config()
         if not on_gpu:
@@ -146,13 +148,13 @@ class VllmEngine:
         """Whether `step` has anything to do."""
         return bool(self._finished) or bool(self._engine.has_unfinished_requests())
 
-    def load_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Replaces weights in place and drops every cache of the old ones.
+    def load_weights(self, tensors: Mapping[str, torch.Tensor], *, lasts: bool = False) -> None:
+        """Replaces weights in place and drops every cache of the old ones; `lasts`: see `Engine`.
 
         Raises:
             PublicationError: vLLM kept its prefix cache.
         """
-        self.call_workers(held_weights.load, dict(tensors))
+        self.call_workers(held_weights.load, dict(tensors), lasts)
         self.drop_caches()
 
     def drop_caches(self) -> None:

@@ -75,14 +75,15 @@ class Consumer:
 
     def drain_queue(self, queue: BatchQueue, count: int) -> int:
         """Leases, reads and acknowledges `count` batches."""
-        total, done = 0, None
-        for _ in range(count):
-            lease = queue.lease(timeout_s=WAIT_S, duration_s=WAIT_S, done=done)
-            assert lease is not None
-            total += read(ray.get(lease.item))
-            done = lease.id
-        if done is not None:
-            queue.acknowledge(done)
+        done: list[int] = []
+        total, left = 0, count
+        while left:
+            leases = queue.lease(timeout_s=WAIT_S, duration_s=WAIT_S, done=done)
+            assert leases
+            total += sum(read(ray.get(lease.item)) for lease in leases)
+            done = [lease.id for lease in leases]
+            left -= len(leases)
+        queue.acknowledge(done)
         return total
 
     def read_one(self, batch: PreferenceBatch) -> int:

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 
 from launch import tiny
 from launch.tiny import VOCABULARY, make_model, make_tokenizer
+from learners.products import use_fastest_products
 from orchestrator.errors import ModelError
 from orchestrator.tasks import addition
 
@@ -73,6 +74,7 @@ def ensure_tiny_model(
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
     try:
+        use_fastest_products()
         tokenizer = make_tokenizer(model.max_length)
         with _threads(NUM_THREADS):
             network = warm_start(make_model(model), tokenizer, task, model.tiny, progress)

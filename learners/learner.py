@@ -144,26 +144,30 @@ class Learner(Observable):
     def _train(self, queue: BatchQueue, start: int, end: int, acknowledged: int) -> list[UpdateResult]:
         self._steps_done = 0
         self._results = {number: result for number, result in self._results.items() if number >= acknowledged}
-        done: int | None = None
+        done: list[int] = []
         while self._trainer.batches_done < end:
-            lease = queue.lease(timeout_s=self._step_deadline_s, duration_s=self._step_deadline_s, done=done)
-            if lease is None:
+            leases = queue.lease(timeout_s=self._step_deadline_s, duration_s=self._step_deadline_s, done=done)
+            if not leases:
                 raise DeadlineError(f"learner: no batch in the queue within {self._step_deadline_s:g} s")
-            batch: PreferenceBatch = fetch(
-                lease.item,
-                what="learner: a batch out of the queue",
-                deadline_s=self._step_deadline_s,
-                knob="learner.step_deadline_s",
-            )
-            if self._is_next(batch):
-                self._probe = None
-                self._results[batch.number] = self._update(batch)
-                self._steps_done += 1
-            done = lease.id  # one whose lease ran out meanwhile comes again, and is dropped then
-        if done is not None:
+            for lease in leases:
+                self._consume(lease.item)
+            done = [lease.id for lease in leases]  # one whose lease ran out meanwhile comes again, and is dropped then
+        if done:
             queue.acknowledge(done)
         self._score_probe()  # now, while generators are at work: a publication makes them wait
         return [self._results[number] for number in range(start, end)]
+
+    def _consume(self, reference: Any) -> None:
+        batch: PreferenceBatch = fetch(
+            reference,
+            what="learner: a batch out of the queue",
+            deadline_s=self._step_deadline_s,
+            knob="learner.step_deadline_s",
+        )
+        if self._is_next(batch):
+            self._probe = None
+            self._results[batch.number] = self._update(batch)
+            self._steps_done += 1
 
     def _update(self, batch: PreferenceBatch) -> UpdateResult:
         try:

@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
+from learners.products import use_fastest_products
 from orchestrator.errors import ModelError
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def load(loader: Any, folder: str | Path, dtype: torch.dtype) -> nn.Module:
     def read(config: Any) -> Any:
         return loader.from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True, **_LOCAL, **_TELL)
 
+    use_fastest_products()
     return _load(folder, read).eval()
 
 

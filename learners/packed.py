@@ -8,8 +8,10 @@ completions of one prompt do not see each other. The attention registered here a
   right-padded rows, ordinary causal attention runs on them, and the result is scattered back. Padding lies behind every
   real token, so causality alone hides it and no mask is built. Rows of similar length share a bucket, so little is
   wasted. A prompt's attention is computed once for each of its completions.
-* **Shared prompts** (`prefix_attention.py`), on a CPU where prompts and completions are long enough for a kernel call
-  each: nothing is gathered, padded or computed twice.
+* **Shared prompts**, on a CPU where prompts and completions are long enough for a call each: nothing is gathered,
+  padded or computed twice.
+
+On a CPU both are computed by `cpu_attention.py`.
 
 The packing travels to the attention as a keyword argument through the model, not as a context variable: activation
 checkpointing replays layers from autograd's own threads, where a context variable of the forward pass is not set.
@@ -29,7 +31,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from learners.prefix_attention import Group, PrefixAttention
+from learners.cpu_attention import Group, PrefixAttention, RowAttention
 from orchestrator.errors import ModelError
 
 if TYPE_CHECKING:
@@ -219,34 +221,50 @@ def packed_attention(
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return output, None
     _refuse_unknown(module, kwargs)
+    given = kwargs.get("scaling")
+    scale = float(query.shape[-1] ** -0.5 if given is None else given)
     if packing.groups:
-        return _shared(query, key, value, packing.groups, kwargs.get("scaling")), None
+        return _shared(query, key, value, packing.groups, scale), None
     flat_query, flat_key, flat_value = (_flat(states, value.dtype) for states in (query, key, value))
     outputs = []
     for rows in packing.rows:
-        mask = _window_mask(rows, kwargs.get("sliding_window"))
-        attended = F.scaled_dot_product_attention(
+        attended = _of_rows(
             _gather(flat_query, rows, query.shape[1]),
             _gather(flat_key, rows, key.shape[1]),
             _gather(flat_value, rows, value.shape[1]),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=kwargs.get("scaling"),
-            enable_gqa=query.shape[1] != key.shape[1],
+            mask=_window_mask(rows, kwargs.get("sliding_window")),
+            scale=scale,
         )
         outputs.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
     packed = F.embedding(packing.source, torch.cat(outputs))
     return packed.view(1, len(packing.source), query.shape[1], value.shape[3]), None
 
 
-def _shared(query: Tensor, key: Tensor, value: Tensor, groups: tuple[Group, ...], scale: float | None) -> Tensor:
-    """[1, N, H, E], each prompt's keys and values used where they lie."""
-    repeats, dtype = query.shape[1] // key.shape[1], value.dtype
-    if repeats > 1:
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+def _of_rows(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, scale: float) -> Tensor:
+    """[S_b, H, L_b, E] from [S_b, H, L_b, E] and twice [S_b, H_kv, L_b, E]; `mask`: what else hides a token."""
+    if query.device.type != "cpu" or mask is not None:
+        enable_gqa = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=enable_gqa
+        )
+    apply: Any = RowAttention.apply
+    repeats = query.shape[1] // key.shape[1]
+    attended: Tensor = apply(query.float(), _repeated(key, repeats), _repeated(value, repeats), scale)
+    return attended.to(value.dtype)
+
+
+def _shared(query: Tensor, key: Tensor, value: Tensor, groups: tuple[Group, ...], scale: float) -> Tensor:
+    """[1, N, H, E], each prompt's keys and values used for all its completions."""
     apply: Any = PrefixAttention.apply
-    attended: Tensor = apply(query.to(dtype), key.to(dtype), value, groups, scale)
-    return attended.transpose(1, 2)
+    repeats = query.shape[1] // key.shape[1]
+    keys, values = _repeated(key, repeats)[0], _repeated(value, repeats)[0]
+    attended: Tensor = apply(query[0].float(), keys, values, groups, scale)
+    return attended.to(value.dtype).transpose(0, 1)[None]
+
+
+def _repeated(states: Tensor, times: int) -> Tensor:
+    """A head for each query head, in float32."""
+    return (states.repeat_interleave(times, 1) if times > 1 else states).float()
 
 
 def _flat(states: Tensor, dtype: torch.dtype) -> Tensor:

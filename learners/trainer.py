@@ -254,6 +254,7 @@ class Trainer:
     def named_tensors(self) -> dict[str, Tensor]:
         """The policy by the names of a Hugging Face checkpoint, contiguous, in the publishing dtype, tied weights once.
 
+        In the order of the model's layers, so that what an engine fuses (query, key and value) lies side by side.
         On the policy's device. With float32 they share memory with the live weights: copy or send them before the
         next update.
         """
@@ -263,8 +264,9 @@ class Trainer:
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 state[name] = tensor.detach().to(self.policy.dtype) if tensor.is_floating_point() else tensor.detach()
-        state = revert_weight_conversion(self.policy.model, state)
-        return {name: tensor.contiguous() for name, tensor in state.items()}
+        published = revert_weight_conversion(self.policy.model, state)  # sorts them
+        order = (*(name for name in state if name in published), *(name for name in published if name not in state))
+        return {name: published[name].contiguous() for name in order}
 
     def state(self) -> State:
         """What `load` goes on from. It shares memory with what is trained: write or copy it before the next update."""

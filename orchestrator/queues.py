@@ -26,7 +26,7 @@ from orchestrator.remote import actor_class, fetch
 from orchestrator.stacks import Observable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -132,20 +132,27 @@ class QueueActor(Observable):
             self._changed.notify_all()
             return accepted is not None
 
-    async def lease(self, timeout_s: float, duration_s: float, done: int | None) -> Lease[Any] | None:
-        """Acknowledges the lease `done`, waits for an item and leases it for `duration_s`; None when none came."""
-        async with self._changed:
-            if done is not None:
-                self._buffer.acknowledge(done)
-                self._changed.notify_all()
-            return await self._wait(lambda: self._buffer.lease(now=time.monotonic(), duration=duration_s), timeout_s)
+    async def lease(self, timeout_s: float, duration_s: float, done: Sequence[int]) -> list[Lease[Any]]:
+        """Acknowledges the leases `done`, waits for items and leases them for `duration_s`; none where none came.
 
-    async def acknowledge(self, lease_id: int) -> bool:
+        As many as there are, at most half of what the queue holds: the other half is there for whoever fills it.
+        """
+        most = max(1, self._buffer.capacity // 2)
+
+        def take() -> list[Lease[Any]] | None:
+            leases: list[Lease[Any]] = []
+            while len(leases) < most and (lease := self._buffer.lease(now=time.monotonic(), duration=duration_s)):
+                leases.append(lease)
+            return leases or None
+
+        async with self._changed:
+            self._acknowledge(done)
+            return await self._wait(take, timeout_s) or []
+
+    async def acknowledge(self, lease_ids: Sequence[int]) -> list[bool]:
         """See `LeaseBuffer.acknowledge`."""
         async with self._changed:
-            known = self._buffer.acknowledge(lease_id)
-            self._changed.notify_all()
-            return known
+            return self._acknowledge(lease_ids)
 
     async def redeliver(self, lease_id: int) -> bool:
         """See `LeaseBuffer.redeliver`."""
@@ -163,6 +170,13 @@ class QueueActor(Observable):
     async def size(self) -> int:
         """Items not yet acknowledged."""
         return len(self._buffer)
+
+    def _acknowledge(self, lease_ids: Sequence[int]) -> list[bool]:
+        """Whoever holds the lock makes room."""
+        known = [self._buffer.acknowledge(lease_id) for lease_id in lease_ids]
+        if known:
+            self._changed.notify_all()
+        return known
 
     async def _wait(self, attempt: Callable[[], Result | None], timeout_s: float) -> Result | None:
         """Tries until it works or time is up. Wakes at least once a second: leases run out unannounced."""
@@ -210,24 +224,28 @@ class BatchQueue:
         """What `put` would have returned, or raised."""
         return bool(self._call(offer, "put", timeout_s))
 
-    def lease(self, *, timeout_s: float, duration_s: float, done: int | None = None) -> Lease[Any] | None:
-        """Waits for the reference of a batch, redelivered unless acknowledged within `duration_s`; None when none came.
+    def lease(self, *, timeout_s: float, duration_s: float, done: Sequence[int] = ()) -> list[Lease[Any]]:
+        """Waits for references of batches, redelivered unless acknowledged within `duration_s`.
 
         Args:
             timeout_s: of the wait.
-            duration_s: of the lease.
-            done: a lease that is acknowledged on the way, which saves a call.
+            duration_s: of the leases.
+            done: leases that are acknowledged on the way, which saves a call.
+
+        Returns:
+            Those that are there, in order, at most half of the queue's capacity; none where none came.
 
         Raises:
             QueueClosedError: the queue was closed and is empty.
         """
         reply = self._actor.lease.remote(timeout_s, duration_s, done)
-        lease: Lease[Any] | None = self._call(reply, "lease", timeout_s)
-        return lease
+        leases: list[Lease[Any]] = self._call(reply, "lease", timeout_s)
+        return leases
 
-    def acknowledge(self, lease_id: int) -> bool:
-        """Says that a batch was trained on; False when the lease had run out."""
-        return bool(self._call(self._actor.acknowledge.remote(lease_id), "acknowledge"))
+    def acknowledge(self, lease_ids: Sequence[int]) -> list[bool]:
+        """Says that batches were trained on; False of one whose lease had run out."""
+        known: list[bool] = self._call(self._actor.acknowledge.remote(lease_ids), "acknowledge")
+        return known
 
     def redeliver(self, lease_id: int) -> bool:
         """Gives a batch back."""

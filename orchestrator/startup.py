@@ -15,12 +15,16 @@ _M_ARENA_MAX = -8  # of glibc's malloc.h
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Modules make millions of objects that live on; looking for garbage among them costs a fifth of the time."""
+    """Modules make millions of objects that live on; looking for garbage among them costs a fifth of the time.
+
+    Nor is it looked for among them later, which would hold up all threads of the process for some 300 ms now and then.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        gc.freeze()
         if was_enabled:
             gc.enable()
 

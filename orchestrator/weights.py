@@ -41,7 +41,7 @@ Result = TypeVar("Result")
 _ALIGNMENT = 64  # bytes; lets every dtype be viewed in place
 BUCKET_BYTES = 256 << 20
 _MOST_THREADS = 4  # enough to fill the memory's bandwidth
-_CHUNK_BYTES = 1 << 20  # what was just summed up is copied while it is still in the cache
+_CHUNK_BYTES = 4 << 20  # what was just summed up is copied while it is still in the cache
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,15 +153,24 @@ def on_all_cores(
     function: Callable[[Item], Result], items: Sequence[Item], num_bytes: Callable[[Item], int]
 ) -> list[Result]:
     """For functions that copy or sum up bytes, during which Python lets other threads run; the largest go first."""
-    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
-        by_size = sorted(range(len(items)), key=lambda index: num_bytes(items[index]), reverse=True)
-        waited_for = {index: pool.submit(function, items[index]) for index in by_size}
-        return [waited_for[index].result() for index in range(len(items))]
+    results: dict[int, Result] = {}
+    waiting = iter(sorted(range(len(items)), key=lambda index: num_bytes(items[index]), reverse=True))
+
+    def work() -> None:
+        for index in waiting:  # which threads may share, since a list's iterator takes one at a time
+            results[index] = function(items[index])
+
+    num_threads = min(_MOST_THREADS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(num_threads) as pool:
+        for done in [pool.submit(work) for _ in range(num_threads)]:
+            done.result()
+    return [results[index] for index in range(len(items))]
 
 
 def digest(records: Sequence[TensorRecord]) -> str:
-    """One checksum of all names, shapes and checksums, 16 hex digits."""
-    text = "\n".join(f"{record.name} {record.dtype} {record.shape} {record.checksum}" for record in records)
+    """One checksum of all names, shapes and checksums, 16 hex digits; the order of the records changes nothing."""
+    by_name = sorted(records, key=lambda record: record.name)
+    text = "\n".join(f"{record.name} {record.dtype} {record.shape} {record.checksum}" for record in by_name)
     return xxhash.xxh3_64_hexdigest(text.encode())
 
 
@@ -200,11 +209,12 @@ def unpack(records: Sequence[TensorRecord], buckets: Sequence[NDArray[np.uint8]]
     with warnings.catch_warnings():
         # torch warns that the arrays of the object store are read-only; nothing here writes to them.
         warnings.filterwarnings("ignore", message=".*not writable.*")
-        for record in records:
-            dtype = getattr(torch, record.dtype)
-            part = _part_of(record, buckets)
-            flat = torch.from_numpy(part).view(dtype) if record.num_bytes else torch.empty(0, dtype=dtype)
-            tensors[record.name] = flat.view(record.shape)
+        memory = [torch.from_numpy(bucket) for bucket in buckets]
+    for record in records:
+        dtype = getattr(torch, record.dtype)
+        part = memory[record.bucket][record.offset : record.offset + record.num_bytes]
+        flat = part.view(dtype) if record.num_bytes else torch.empty(0, dtype=dtype)
+        tensors[record.name] = flat.view(record.shape)
     return tensors
 
 
@@ -237,7 +247,7 @@ def install(
     hidden = set(engine.unreadable(records))
     if publication.is_packed:
         _refuse_damaged(corrupted([one for one in records if one.name in hidden], buckets), publication, holder)
-        engine.load_weights(unpack(records, buckets))
+        engine.load_weights(unpack(records, buckets), lasts=publication.shared is not None)
     if outdated := engine.outdated(records):
         damaged = corrupted([one for one in records if one.name in outdated], buckets) if publication.is_packed else []
         _refuse_damaged(damaged, publication, holder)

@@ -55,16 +55,18 @@ class CountingEngine:
     def has_unfinished(self):
         return bool(self.running)
 
-    def load_weights(self, tensors):
+    def load_weights(self, tensors, *, lasts=False):
         if not self.ignores_updates:
             self.weights = {name: tensor.clone() for name, tensor in tensors.items()}
 
     def outdated(self, records):
-        from actors.held_weights import outdated_among
+        from actors.held_weights import Held, outdated_among
 
         shown = [record for record in records if record.name not in self.hidden]
         missing = [record.name for record in shown if record.name not in self.weights]
-        return missing + outdated_among(shown, self.weights.get)
+        return missing + outdated_among(
+            shown, lambda name: Held(self.weights[name], self.weights[name]) if name in self.weights else None
+        )
 
     def unreadable(self, records):
         return [record.name for record in records if record.name in self.hidden]

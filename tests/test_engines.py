@@ -17,7 +17,7 @@ from actors import vllm_engine
 from actors.engines import build_engine
 from orchestrator.errors import ConfigError, ModelError
 from orchestrator.types import FinishReason, GenerationRequest, SamplingParams
-from orchestrator.weights import checksums
+from orchestrator.weights import checksums, pack, unpack
 from tests.models import CONTEXT, KINDS, make_config, make_model, make_tokenizer, make_weights
 
 EOS = 2
@@ -269,6 +269,28 @@ def test_outdated_names_exactly_the_tensor_that_is_not_held(subject):
     odd = {"no.such.weight": torch.zeros(1), **{name: tensor.bfloat16() for name, tensor in tensors.items()}}
     assert subject.engine.unreadable(checksums(odd)) == list(odd)
     assert subject.engine.outdated(checksums(odd)) == []
+
+
+def test_memory_that_lasts_is_held_itself_and_never_written_to(subject):
+    """As shared memory is, which an engine cannot write to: it would die of it."""
+    first, second = (dict(subject.model(seed).named_parameters()) for seed in (0, 1))  # tied ones once
+    records, (bucket,) = pack(second)
+    published = bucket.copy()
+    subject.engine.load_weights(unpack(records, [bucket]), lasts=True)
+    assert subject.engine.outdated(records) == []
+    scored = subject.engine.score([LONG])[0]
+    np.testing.assert_allclose(scored, forward_logprobs(subject.model(1), LONG), atol=TOLERANCE)
+    bucket[:] ^= 255
+    held = set(subject.engine.outdated(records))
+    bucket[:] = published
+    assert {name for name in second if "layers." in name or "ln_" in name} <= held
+    # One at a time, so that what lies beside it in a fused layer has to be kept.
+    for name, tensor in first.items():
+        subject.engine.load_weights({name: tensor})
+    np.testing.assert_array_equal(bucket, published)
+    assert subject.engine.outdated(checksums(first)) == []
+    scored = subject.engine.score([LONG])[0]
+    np.testing.assert_allclose(scored, forward_logprobs(subject.model(0), LONG), atol=TOLERANCE)
 
 
 def test_outdated_sees_one_tensor_that_was_loaded_wrong(subject):

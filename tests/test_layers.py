@@ -22,7 +22,7 @@ LAYERS = [
             *("orchestrator.tally", "orchestrator.events", "orchestrator.waits", "orchestrator.printable"),
             *("orchestrator.disk", "orchestrator.processes"),
             *("actors.judges*", "actors.sandbox*", "actors.search*", "actors.engine"),
-            *("learners.preference*", "learners.loading", "learners.schedule"),
+            *("learners.preference*", "learners.loading", "learners.products", "learners.schedule"),
         ],
     ),
     (

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import FalconConfig, Gemma2Config, MambaConfig
 
+from learners.cpu_attention import Group
 from learners.logprobs import ChunkedLogprobs, check_packing, plain_token_logprobs, token_logprobs
 from learners.packed import ATTENTION, can_share, plan_packing
 from learners.policy import Policy
-from learners.prefix_attention import Group
 from orchestrator.batching import pack_sequences
 from tests.learning import CONFIGS, VOCAB, make_model
 

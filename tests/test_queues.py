@@ -119,17 +119,19 @@ def test_batches_pass_through_ray_zero_copy_with_back_pressure(ray_cluster):
     assert queue.put(refs[0], timeout_s=5)
     assert queue.put(refs[1], timeout_s=5)
     assert not queue.put(refs[2], timeout_s=0.2), "full: queued and leased count against the capacity"
-    lease = queue.lease(timeout_s=5, duration_s=60)
+    (lease,) = queue.lease(timeout_s=5, duration_s=60)
     tokens = ray.get(lease.item)["tokens"]
     assert not tokens.flags.writeable, "a view of the object store, not a copy"
     assert not queue.put(refs[2], timeout_s=0.2)
-    assert queue.acknowledge(lease.id)
+    assert queue.acknowledge([lease.id]) == [True]
     assert queue.put(refs[2], timeout_s=5)
-    second = queue.lease(timeout_s=5, duration_s=0)
-    assert queue.lease(timeout_s=5, duration_s=60).item == refs[1], "a lease that ran out is delivered again"
-    assert not queue.acknowledge(second.id + 1000)
-    assert queue.lease(timeout_s=5, duration_s=60).item == refs[2]
-    assert queue.lease(timeout_s=0.2, duration_s=60) is None
+    (second,) = queue.lease(timeout_s=5, duration_s=0)
+    (again,) = queue.lease(timeout_s=5, duration_s=60)
+    assert again.item == refs[1], "a lease that ran out is delivered again"
+    assert queue.acknowledge([second.id + 1000]) == [False]
+    (third,) = queue.lease(timeout_s=5, duration_s=60)
+    assert third.item == refs[2]
+    assert queue.lease(timeout_s=0.2, duration_s=60) == []
     queue.close()
     with pytest.raises(QueueClosedError):
         queue.put(refs[0], timeout_s=1)
@@ -140,14 +142,26 @@ def test_a_lease_makes_room_for_an_offer_by_what_is_done(ray_cluster):
     queue = BatchQueue.create(1, deadline_s=30)
     refs = [ray.put(number) for number in range(3)]
     assert queue.put(refs[0], timeout_s=5)
-    first = queue.lease(timeout_s=5, duration_s=60)
+    (first,) = queue.lease(timeout_s=5, duration_s=60)
     offer = queue.offer(refs[1], timeout_s=30)
     assert not ray.wait([offer], timeout=0.2)[0], "full"
-    second = queue.lease(timeout_s=5, duration_s=60, done=first.id)
+    (second,) = queue.lease(timeout_s=5, duration_s=60, done=[first.id])
     assert second.item == refs[1]
     assert queue.taken(offer, timeout_s=5)
-    assert queue.lease(timeout_s=0.1, duration_s=60, done=first.id) is None, "done twice is done once"
+    assert queue.lease(timeout_s=0.1, duration_s=60, done=[first.id]) == [], "done twice is done once"
     assert queue.size() == 1
-    assert queue.lease(timeout_s=0.1, duration_s=60, done=second.id) is None
+    assert queue.lease(timeout_s=0.1, duration_s=60, done=[second.id]) == []
     assert queue.size() == 0
     assert queue.taken(queue.offer(refs[2], timeout_s=5), timeout_s=5)
+
+
+@pytest.mark.parametrize(("capacity", "sizes"), [(1, [1]), (3, [1, 1, 1]), (5, [2, 2, 1])])
+def test_half_of_the_capacity_is_leased_at_once_in_order(ray_cluster, capacity, sizes):
+    queue = BatchQueue.create(capacity, deadline_s=30)
+    refs = [ray.put(number) for number in range(capacity)]
+    assert all(queue.put(ref, timeout_s=5) for ref in refs)
+    leases = [queue.lease(timeout_s=5, duration_s=60) for _ in sizes]
+    assert [len(some) for some in leases] == sizes
+    assert [lease.item for some in leases for lease in some] == refs
+    assert queue.acknowledge([lease.id for some in leases for lease in some]) == [True] * capacity
+    assert queue.size() == 0
