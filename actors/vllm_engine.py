@@ -89,12 +89,13 @@ class VllmEngine:
             args |= _gpu_arguments(tensor_parallel_size, gpu_memory_utilization)
         else:
             _keep_plain_weights()
-            use_fastest_products()
             args |= _cpu_arguments(max_length=max_length, kv_cache_mb=kv_cache_mb)
         config = EngineArgs(**args).create_engine_config()
         if not on_gpu:
             _check_head_size(config.model_config)
         self._engine = LLMEngine.from_vllm_config(config)
+        if not on_gpu:
+            use_fastest_products()  # now: vLLM has its own choice as it starts
         self._max_length = max_length
         self._vocab_size = self._engine.model_config.get_vocab_size()
         self._running: set[str] = set()

@@ -7,9 +7,22 @@ import subprocess
 import tempfile
 from typing import TYPE_CHECKING, Self
 
+from launch.placement import KEEPS_MEMORY
+from learners.products import use_fastest_products
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
+
+
+def tuned() -> dict[str, str]:
+    """Environment of a peer's process that shall have the allocator and the matrix products of our learner's.
+
+    But for the one heap of all threads: ours needs it, since it computes in a thread of its own; a peer's attention,
+    whose kernels allocate in every thread, would be slow by it.
+    """
+    memory = {name: value for name, value in KEEPS_MEMORY.items() if name != "MALLOC_ARENA_MAX"}
+    return memory | ({"FP32_PRODUCTS": "bf16"} if use_fastest_products() else {})
 
 
 class Side:

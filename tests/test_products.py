@@ -9,10 +9,10 @@ from learners import products
 @pytest.fixture
 def fresh():
     before = torch.backends.mkldnn.matmul.fp32_precision
-    products.use_fastest_products.cache_clear()
+    products._is_exact.cache_clear()
     yield before
     torch.backends.mkldnn.matmul.fp32_precision = before
-    products.use_fastest_products.cache_clear()
+    products._is_exact.cache_clear()
 
 
 @pytest.mark.parametrize("shape", [(1, 7, 3), (300, 128, 352), (33, 4096, 65)])

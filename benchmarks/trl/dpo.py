@@ -9,6 +9,7 @@ above what was held before it; `gradients FILE` takes one and writes its gradien
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -57,6 +58,8 @@ def main() -> None:
     """Obeys until stdin ends."""
     spec = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(spec["threads"])
+    if products := os.environ.get("FP32_PRODUCTS"):
+        torch.backends.mkldnn.matmul.fp32_precision = products
     rows = [{side: words_of(pair[side]) for side in ("prompt", "chosen", "rejected")} for pair in spec["pairs"]]
     config = DPOConfig(
         output_dir=spec["folder"],

@@ -10,6 +10,7 @@ this project.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import zlib
@@ -41,6 +42,8 @@ def main() -> None:
     """Trains to the end of its steps."""
     spec = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(spec["threads"])
+    if products := os.environ.get("FP32_PRODUCTS"):
+        torch.backends.mkldnn.matmul.fp32_precision = products
     tokenizer = AutoTokenizer.from_pretrained(spec["model"])
     eos = tokenizer.eos_token_id
 
