@@ -50,6 +50,7 @@ SETTINGS = [
     "pairing.max_pairs=1",
     "filter=none",  # random models do not end what they write
     f"learner.batch_pairs={BATCH}",
+    "learner.epochs=1",
     f"pipeline.prompts_per_iteration={PROMPTS}",
     f"pipeline.iterations={ITERATIONS}",
     f"evaluation.every={ITERATIONS}",
