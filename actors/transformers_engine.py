@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from actors.engine import EngineOutput, check_sequences, token_budget
 from actors.held_weights import Held, outdated_among, take, unreadable_among
+from actors.roomy_cache import roomy_cache
 from learners.loading import load, tokenizer_of
 from orchestrator.errors import ConfigError, ModelError
 from orchestrator.types import FinishReason
@@ -201,7 +202,7 @@ class TransformersEngine:
         tokens = torch.tensor([[0] * (width - len(sequence)) + sequence for sequence in sequences], device=self._device)
         lengths = torch.tensor([len(sequence) for sequence in sequences], device=self._device)
         self._mask = (torch.arange(width, device=self._device) >= width - lengths[:, None]).long()
-        self._cache = DynamicCache(config=self._model.config)
+        self._cache = roomy_cache(self._model.config)
         return self._forward(tokens, (self._mask.cumsum(1) - 1).clamp(min=0))
 
     def _decode(self) -> torch.Tensor:

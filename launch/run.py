@@ -68,6 +68,8 @@ _MAY_CHANGE = (
 )
 _FEW_PROBLEMS = 50
 """On fewer an accuracy is known to within some 14 points at best."""
+_MOST_SHOWN = 200
+"""Characters of a prompt in a command that is suggested."""
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -336,6 +338,8 @@ def _ask(agon: str, model: Path, task: Task) -> str:
     """The command that asks the model a held-out problem as it was asked in the run, whose prompt may end its line."""
     content = task.test(1)[0].content
     text = content if isinstance(content, str) else content[-1].content
+    if len(text) > _MOST_SHOWN:
+        text = "your prompt"
     if text.endswith("\n"):
         return f"echo {shlex.quote(text[:-1])} | {agon} generate {model} -"
     return f"{agon} generate {model} {shlex.quote(text)}"
