@@ -149,9 +149,13 @@ class Learner(Observable):
             leases = queue.lease(timeout_s=self._step_deadline_s, duration_s=self._step_deadline_s, done=done)
             if not leases:
                 raise DeadlineError(f"learner: no batch in the queue within {self._step_deadline_s:g} s")
+            done = []  # one whose lease ran out meanwhile comes again, and is dropped then
             for lease in leases:
-                self._consume(lease.item)
-            done = [lease.id for lease in leases]  # one whose lease ran out meanwhile comes again, and is dropped then
+                if self._trainer.batches_done < end:
+                    self._consume(lease.item)
+                    done.append(lease.id)
+                else:
+                    queue.redeliver(lease.id)
         if done:
             queue.acknowledge(done)
         self._score_probe()  # now, while generators are at work: a publication makes them wait

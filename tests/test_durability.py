@@ -316,16 +316,28 @@ def test_a_lease_that_ran_out_while_training_is_no_error(ray_cluster, learner, m
     monkeypatch.setattr(queue, "lease", lambda *, timeout_s, duration_s, done: lease(timeout_s=timeout_s, duration_s=0))
     queue_acknowledge, refused = queue.acknowledge, []
 
-    def acknowledge(lease_id):
+    def acknowledge(lease_ids):
         queue.size()
-        assert lease(timeout_s=5, duration_s=0) is not None, "it is delivered to another as well"
-        refused.append(queue_acknowledge(lease_id + 1000))
-        queue_acknowledge(lease_id)
-        return refused[-1]
+        assert lease(timeout_s=5, duration_s=0), "it is delivered to another as well"
+        refused.extend(queue_acknowledge([lease_id + 1000 for lease_id in lease_ids]))
+        queue_acknowledge(lease_ids)
+        return refused
 
     monkeypatch.setattr(queue, "acknowledge", acknowledge)
     assert [result.batch for result in learner.train(queue, 0, 1, acknowledged=0)] == [0]
-    assert refused == [False]
+    assert refused
+    assert not any(refused)
+
+
+def test_a_batch_behind_the_last_one_asked_for_stays_in_the_queue(ray_cluster, learner):
+    made = make_batches()
+    queue = BatchQueue.create(20, deadline_s=30)
+    put(queue, made[:3])
+    assert [result.batch for result in learner.train(queue, 0, 1, acknowledged=0)] == [0]
+    assert learner._trainer.batches_done == 1
+    assert queue.size() == 2
+    assert [result.batch for result in learner.train(queue, 1, 3, acknowledged=1)] == [1, 2]
+    assert queue.size() == 0
 
 
 def test_a_queue_that_dies_leaves_a_learner_that_goes_on(ray_cluster, learner, monkeypatch):
