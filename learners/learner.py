@@ -76,6 +76,8 @@ class Learner(Observable):
         self._transport = weight_transport
         self._workers_per_receiver = workers_per_receiver
         self._slots = SharedSlots()
+        self._shared: int | None = None
+        """Number of the version that was shared last."""
         self._receivers: list[Any] = []
         self._sender: WeightSender | None = None
         self._results: dict[int, UpdateResult] = {}
@@ -218,6 +220,9 @@ class Learner(Observable):
             self._send(receivers)
             records = checksums(tensors)
         elif nodes is not None and set(nodes) <= {ray.get_runtime_context().get_node_id()}:
+            if number == self._shared:  # not everyone may have got it, and gone on from the one before
+                self._slots.leave()
+            self._shared = number
             records, shared = self._share(tensors)
         else:
             records, packed = pack(tensors)

@@ -21,7 +21,7 @@ from orchestrator.processes import started
 class SharedArray:
     """Where another process of the node finds the bytes.
 
-    Example: ``SharedArray(pid=4711, born="5f3e...:8812", descriptor=9, num_bytes=404_750_336)``
+    Example: ``SharedArray(pid=4711, born="5f3e...:8812", descriptor=9, serial=1, num_bytes=404_750_336)``
     """
 
     pid: int
@@ -29,6 +29,8 @@ class SharedArray:
     """See `orchestrator.processes.started`: numbers are given anew."""
     descriptor: int
     """Of the owner."""
+    serial: int
+    """Of the memory: the owner gives descriptors anew."""
     num_bytes: int
 
     @property
@@ -61,40 +63,52 @@ class SharedViews:
 
     def __init__(self) -> None:
         self._owner: tuple[int, str] | None = None
-        self._views: dict[int, NDArray[np.uint8]] = {}
+        self._views: dict[int, tuple[int, NDArray[np.uint8]]] = {}
+        """By descriptor: the memory's serial, and the memory."""
 
     def open(self, place: SharedArray) -> NDArray[np.uint8]:
         """See `SharedArray.open`. What a dead owner left is let go of when another one's is opened."""
         owner = (place.pid, place.born)
         if owner != self._owner:
             self._owner, self._views = owner, {}
-        known = self._views.get(place.descriptor)
-        # A slot is replaced by a larger one only, whose descriptor may be that of the smaller one.
-        if known is None or len(known) < place.num_bytes or not place.is_owned:
-            known = self._views[place.descriptor] = place.open()
+        serial, known = self._views.get(place.descriptor, (0, None))
+        if known is None or serial != place.serial or len(known) < place.num_bytes or not place.is_owned:
+            known = place.open()
+            self._views[place.descriptor] = place.serial, known
         return known[: place.num_bytes]
 
 
 class SharedSlots:
-    """Memory of this process for the newest of a series of arrays, and for the one before, which may still be read."""
+    """Memory of this process for the newest of a series of arrays, and for the one before, which is read until then."""
 
     def __init__(self) -> None:
-        self._slots: list[tuple[int, NDArray[np.uint8]] | None] = [None, None]
+        self._slots: list[tuple[int, int, NDArray[np.uint8]] | None] = [None, None]
+        """Serial, descriptor, memory."""
         self._next = 0
+        self._made = 0
 
     def take(self, num_bytes: int) -> tuple[NDArray[np.uint8], SharedArray]:
         """An array to be written, and where others find it; its bytes are those of the one before the last."""
         known = self._slots[self._next]
-        if known is None or len(known[1]) < num_bytes:
-            if known is not None:
-                os.close(known[0])
-            known = self._slots[self._next] = _allocate(num_bytes)
+        if known is None or len(known[2]) < num_bytes:
+            self._drop(self._next)
+            self._made += 1
+            known = self._slots[self._next] = (self._made, *_allocate(num_bytes))
         self._next = 1 - self._next
-        descriptor, array = known
-        place = SharedArray(
-            pid=os.getpid(), born=started(os.getpid()) or "", descriptor=descriptor, num_bytes=num_bytes
-        )
+        serial, descriptor, array = known
+        born = started(os.getpid()) or ""
+        place = SharedArray(pid=os.getpid(), born=born, descriptor=descriptor, serial=serial, num_bytes=num_bytes)
         return array[:num_bytes], place
+
+    def leave(self) -> None:
+        """What was given is written to no more, and lasts as long as anyone reads it."""
+        for slot in range(len(self._slots)):
+            self._drop(slot)
+
+    def _drop(self, slot: int) -> None:
+        known, self._slots[slot] = self._slots[slot], None
+        if known is not None:
+            os.close(known[1])
 
 
 def _allocate(num_bytes: int) -> tuple[int, NDArray[np.uint8]]:

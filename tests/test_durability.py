@@ -340,6 +340,16 @@ def test_a_batch_behind_the_last_one_asked_for_stays_in_the_queue(ray_cluster, l
     assert queue.size() == 0
 
 
+def test_weights_that_are_published_again_take_no_memory_that_may_be_in_use(ray_cluster, learner):
+    """Generators on CPUs compute with it; whoever missed a version computes with that of the one before."""
+    here = [ray.get_runtime_context().get_node_id()]
+    first, second, again, third, fourth = (
+        learner.publish(number, [], here, 30.0).shared.serial for number in (1, 2, 2, 3, 4)
+    )
+    assert len({first, second, again, third}) == 4
+    assert fourth == again
+
+
 def test_a_queue_that_dies_leaves_a_learner_that_goes_on(ray_cluster, learner, monkeypatch):
     made = make_batches()
     queue, other = BatchQueue.create(20, deadline_s=30), BatchQueue.create(20, deadline_s=30)

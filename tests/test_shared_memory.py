@@ -29,7 +29,7 @@ def written_by_another():
         [sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=os.getcwd()
     )
     pid, born, descriptor, size = owner.stdout.readline().split()
-    place = SharedArray(pid=int(pid), born=born, descriptor=int(descriptor), num_bytes=int(size))
+    place = SharedArray(pid=int(pid), born=born, descriptor=int(descriptor), serial=1, num_bytes=int(size))
     return owner, place
 
 
@@ -67,6 +67,22 @@ def test_slots_keep_the_one_before_and_are_used_again():
         assert np.array_equal(place.open(), array)
     del first, second, third, reader, array
     assert len(os.listdir("/proc/self/fd")) <= descriptors
+
+
+def test_what_is_left_is_written_to_no_more():
+    """A publication that is repeated may find readers of the one before, who go on computing with it."""
+    slots, views = SharedSlots(), SharedViews()
+    held = []
+    for number in (1, 2):
+        array, place = slots.take(100)
+        array[:] = number
+        held.append(views.open(place))
+    slots.leave()
+    for number in (3, 4, 5):
+        array, place = slots.take(100)
+        array[:] = number
+        assert (views.open(place) == number).all(), "also where the descriptor is one that was seen before"
+    assert [set(memory.tolist()) for memory in held] == [{1}, {2}]
 
 
 def test_views_follow_slots_that_grow_and_map_each_once():
