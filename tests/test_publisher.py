@@ -34,7 +34,7 @@ class FakeLearner:
         if self.hidden:
             done = subprocess.Popen(["true"])
             done.wait()
-            place = type(place)(pid=done.pid, born="never", descriptor=0, num_bytes=8)
+            place = type(place)(pid=done.pid, born="never", descriptor=0, serial=1, num_bytes=8)
         return publication(number, shared=place if nodes else None)
 
     def asked_for(self):
