@@ -119,7 +119,7 @@ def test_weights_whose_memory_is_gone_are_published_again_unless_the_learner_has
     publisher, learner = make(hidden=False)
     publisher.publish(1, 1)
     publisher._current = publication(
-        1, shared=type(publisher._current.shared)(pid=1, born="never", descriptor=9, num_bytes=8)
+        1, shared=type(publisher._current.shared)(pid=1, born="never", descriptor=9, serial=1, num_bytes=8)
     )
     publisher._roles.learner.has_moved = has_moved
     (generator,) = publisher._roles.generators.actors
@@ -149,7 +149,7 @@ def test_a_learner_that_is_being_trained_is_not_waited_for(ray_cluster):
     publisher, _ = make(hidden=False)
     publisher.publish(1, 1)
     publisher._current = publication(
-        1, shared=type(publisher._current.shared)(pid=1, born="never", descriptor=9, num_bytes=8)
+        1, shared=type(publisher._current.shared)(pid=1, born="never", descriptor=9, serial=1, num_bytes=8)
     )
     learner, taken, over = publisher._roles.learner, Event(), Event()
 
