@@ -67,9 +67,6 @@ class VllmEngine:
         """
         on_gpu = torch.cuda.is_available()
         _prepare_process(on_gpu)
-        from vllm import EngineArgs
-        from vllm.v1.engine.llm_engine import LLMEngine
-
         args: dict[str, Any] = {
             "model": model_dir,
             "dtype": dtype,
@@ -90,12 +87,7 @@ class VllmEngine:
         else:
             _keep_plain_weights()
             args |= _cpu_arguments(max_length=max_length, kv_cache_mb=kv_cache_mb)
-        config = EngineArgs(**args).create_engine_config()
-        if not on_gpu:
-            _check_head_size(config.model_config)
-        self._engine = LLMEngine.from_vllm_config(config)
-        if not on_gpu:
-            use_fastest_products()  # now: vLLM has its own choice as it starts
+        self._engine = _start(args, on_gpu=on_gpu)
         self._max_length = max_length
         self._vocab_size = self._engine.model_config.get_vocab_size()
         self._running: set[str] = set()
@@ -241,6 +233,20 @@ def _prepare_process(on_gpu: bool) -> None:
         os.environ["TORCH_COMPILE_DISABLE"] = "1"  # compiling costs more than it gains at these sizes
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # engines on one machine would bind to the same cores
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # whole GiB, and it would override `kv_cache_mb`
+
+
+def _start(args: Mapping[str, Any], *, on_gpu: bool) -> Any:
+    """The `LLMEngine` of vLLM."""
+    from vllm import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    config = EngineArgs(**args).create_engine_config()
+    if not on_gpu:
+        _check_head_size(config.model_config)
+    engine = LLMEngine.from_vllm_config(config)
+    if not on_gpu:
+        use_fastest_products()  # now: vLLM has its own choice as it starts
+    return engine
 
 
 def _gpu_arguments(tensor_parallel_size: int, gpu_memory_utilization: float) -> dict[str, Any]:
