@@ -3,7 +3,7 @@
     python -m benchmarks.queue_bandwidth
 
 One process makes batches of 10 MB, another reads every byte of them. `queue` is the learner's path: put into the object
-store, hand the reference over while the next batch is put there, lease, read, acknowledge. `raw` passes the reference
+store, hand references over while the next batches are put there, lease, read, acknowledge. `raw` passes the reference
 as an argument of a call. `ray queue` carries the same pairs as pickled Python objects, as one would without packing.
 """
 
@@ -19,12 +19,17 @@ import ray
 from ray.util.queue import Queue
 
 from benchmarks.report import Comparison, in_turn, of_medians, report
+from conf.schema import PipelineConfig
 from orchestrator.batching import pack
 from orchestrator.queues import BatchQueue
 from orchestrator.types import Completion, FinishReason, PolicyVersion, PreferenceBatch, PreferencePair, Prompt
 
 BATCH_BYTES = 10_000_000
 BATCHES = 30
+CAPACITY = PipelineConfig().queue_capacity
+"""Of the queues."""
+PENDING = 4
+"""Batches on their way without a queue: with more it is no faster."""
 PAIRS = 512
 VERSION = PolicyVersion(number=0, digest="0" * 16)
 WAIT_S = 120.0
@@ -80,7 +85,7 @@ class Consumer:
         while left:
             leases = queue.lease(timeout_s=WAIT_S, duration_s=WAIT_S, done=done)
             assert leases
-            total += sum(read(ray.get(lease.item)) for lease in leases)
+            total += sum(map(read, ray.get([lease.item for lease in leases])))
             done = [lease.id for lease in leases]
             left -= len(leases)
         queue.acknowledge(done)
@@ -97,17 +102,20 @@ class Consumer:
 
 def through_queue(consumer: Any, batch: PreferenceBatch, size: float) -> float:
     """MB/s."""
-    queue = BatchQueue.create(4, deadline_s=WAIT_S)
+    queue = BatchQueue.create(CAPACITY, deadline_s=WAIT_S)
     queue.wait_ready(WAIT_S)
     ray.get(consumer.meet.remote(queue))
     start = time.perf_counter()
     drained = consumer.drain_queue.remote(queue, BATCHES)
-    before: Any = None
-    for _ in range(BATCHES):
-        ref = ray.put(batch)
-        if before is not None and not queue.taken(before, timeout_s=WAIT_S):
+    refs: list[Any] = []
+    before: tuple[int, Any] | None = None
+    for number in range(BATCHES):
+        refs.append(ray.put(batch))
+        if len(refs) < queue.at_once and 0 < number < BATCHES - 1:
+            continue
+        if before is not None and queue.taken(before[1], timeout_s=WAIT_S) < before[0]:
             raise TimeoutError("the queue did not take a batch")
-        before = queue.offer(ref, timeout_s=WAIT_S)
+        before, refs = (len(refs), queue.offer(refs, timeout_s=WAIT_S)), []
     ray.get(drained)
     rate = size * BATCHES / (time.perf_counter() - start)
     queue.end()
@@ -120,7 +128,7 @@ def through_store(consumer: Any, batch: PreferenceBatch, size: float) -> float:
     pending: list[Any] = []
     for _ in range(BATCHES):
         pending.append(consumer.read_one.remote(ray.put(batch)))
-        if len(pending) == 4:  # as many as the queue holds
+        if len(pending) == PENDING:
             ray.get(pending.pop(0))
     ray.get(pending)
     return size * BATCHES / (time.perf_counter() - start)
@@ -129,7 +137,7 @@ def through_store(consumer: Any, batch: PreferenceBatch, size: float) -> float:
 def through_ray_queue(consumer: Any, pairs: list[PreferencePair], size: float) -> float:
     """MB/s of the packed columns that come out."""
     count = 2
-    queue = Queue(maxsize=4, actor_options={"num_cpus": 0})
+    queue = Queue(maxsize=CAPACITY, actor_options={"num_cpus": 0})
     start = time.perf_counter()
     drained = consumer.drain_ray_queue.remote(queue, count)
     for _ in range(count):
@@ -155,7 +163,10 @@ def main() -> int:
         }
     )
     ray.shutdown()
-    notes = f"Batches of {size:.1f} MB ({PAIRS} pairs), one producer and one consumer, at most 4 on their way."
+    notes = (
+        f"Batches of {size:.1f} MB ({PAIRS} pairs), one producer and one consumer. The queues hold {CAPACITY} batches;"
+        f" without one, {PENDING} are on their way."
+    )
     packages = ("ray", "numpy")
     raw = Comparison(
         key="queue_vs_raw",

@@ -29,7 +29,7 @@ from actors.transformers_engine import TransformersEngine
 from benchmarks.report import Comparison, report
 from conf.schema import ModelConfig, TinyConfig
 from launch.export import export
-from launch.warm_start import ensure_tiny_model
+from launch.initial_model import ensure_tiny_model
 from orchestrator.ledger import LedgerReader
 from orchestrator.tasks.addition import AdditionTask
 from orchestrator.types import FinishReason, GenerationRequest, SamplingParams

@@ -425,7 +425,7 @@ class PipelineConfig:
     )
     iterations: int = knob(3, "collect, train, publish, evaluate, promote: so many times", low=1)
     prompts_per_iteration: int = knob(128, "prompts of one iteration", low=1)
-    queue_capacity: int = knob(4, "batches the queue holds before producers wait", low=1)
+    queue_capacity: int = knob(8, "batches the queue holds before producers wait", low=1)
     wave_prompts: int = knob(512, "prompts sampled, judged and written together: what a crash may cost", low=1)
     keep_checkpoints: int = knob(2, "newest checkpoints kept; beside them, the one that evaluated best", low=1)
 

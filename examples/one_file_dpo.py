@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from conf.schema import ModelConfig, TinyConfig
-from launch.warm_start import ensure_tiny_model
+from launch.initial_model import ensure_tiny_model
 from orchestrator.tasks.addition import AdditionTask
 from orchestrator.tasks.base import Problem
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from conf.judging import trained_kind
+from launch.model_cache import made_once
 from launch.model_files import find_model
 from learners.preference.config import HeadConfig, model_kind
 from orchestrator.errors import ConfigError, ModelError
@@ -115,28 +115,17 @@ def ensure_tiny_judge(
     kind: str, config: Config, model_dir: Path, progress: Progress, *, cache: Path | None = None
 ) -> Path:
     """The cached folder of the tiny judge, made on first use; whole or absent whatever dies."""
-    from launch.warm_start import default_cache
-
     head = _head(kind)
-    folder = (cache or default_cache()) / _fingerprint(head, config, model_dir)
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
-    try:
-        quality = make_tiny_judge(head, config, model_dir, aside / "judge", progress)
+
+    def make(folder: Path) -> None:
+        quality = make_tiny_judge(head, config, model_dir, folder, progress)
         if quality.accuracy < LOWEST_ACCURACY:
             raise ModelError(
                 f"the tiny {head.kind} tells {quality.accuracy:.2f} of held-out comparisons right, and"
                 f" {LOWEST_ACCURACY} is the least it may: raise model.tiny.max_steps, or give a judge in judge.model"
             )
-        (aside / "judge").rename(folder)
-    except OSError:
-        if not folder.is_dir():  # else another process was faster, and its model is as good
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return folder
+
+    return made_once(_fingerprint(head, config, model_dir), make, cache=cache)
 
 
 def make_tiny_judge(head: HeadConfig, config: Config, model_dir: Path, out: Path, progress: Progress) -> Quality:

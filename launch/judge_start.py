@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
     from conf.schema import TinyConfig
-    from launch.warm_start import Progress
+    from launch.initial_model import Progress
     from orchestrator.tasks.addition import AdditionTask
 
 HEAD, YES, NO = "J", "Y", "N"

@@ -3,26 +3,16 @@
 Supervised training on worked solutions, until the share of tuning problems that a sampled answer solves lands in a
 window. The share rises from .2 to .5 within some 25 steps and so jumps over the window now and then; the weights that
 lie in it are then found by bisection, on the line between the weights before and after the jump.
-
-The result is cached as an ordinary Hugging Face folder, made aside and renamed, so that it is either whole or absent
-whatever dies and however many processes make it at once.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-import xxhash
 from safetensors.torch import save_file
 
 from launch import tiny
@@ -33,15 +23,14 @@ from orchestrator.tasks import addition
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from torch import Tensor
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
     from conf.schema import ModelConfig, TinyConfig
+    from launch.initial_model import Progress
     from orchestrator.tasks.addition import AdditionTask
-
-    Progress = Callable[[int, int, float, float], None]
-    """Called after each step with (step, most steps, loss, last accuracy seen)."""
 
 WINDOW = 0.10  # accuracy may end this much above the target; with the error of measuring it, .28 lands below .42
 GLANCE, LOOK = 128, 1024  # tuning problems of a first, cheap measurement and of the one that decides
@@ -54,48 +43,28 @@ BISECTIONS = 10
 IGNORED = -100
 
 
-def ensure_tiny_model(
-    model: ModelConfig, task: AdditionTask, *, progress: Progress | None = None, cache: Path | None = None
-) -> Path:
-    """The folder of the warm-started tiny model, made on first use.
+def make_tiny_model(model: ModelConfig, task: AdditionTask, progress: Progress | None, folder: Path) -> None:
+    """Writes the warm-started tiny model into a new folder, an ordinary one of Hugging Face.
 
     Args:
         model: `kind="tiny"`; its size, seed and target accuracy.
         task: Gives demonstrations and tuning problems; its training and test problems are never touched.
-        progress: Called after each step; not called when the model is in the cache.
-        cache: Where models are kept; None: `default_cache`.
+        progress: Called after each step.
+        folder: Made here.
 
     Raises:
         ModelError: The target accuracy was not reached within `model.tiny.max_steps`.
     """
-    folder = (cache or default_cache()) / _fingerprint(model, task)
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
-    try:
-        use_fastest_products()
-        tokenizer = make_tokenizer(model.max_length)
-        with _threads(NUM_THREADS):
-            network = warm_start(make_model(model), tokenizer, task, model.tiny, progress)
-            if model.tiny.judge_steps:
-                from launch import judge_start
+    use_fastest_products()
+    tokenizer = make_tokenizer(model.max_length)
+    folder.mkdir()
+    with _threads(NUM_THREADS):
+        network = warm_start(make_model(model), tokenizer, task, model.tiny, progress)
+        if model.tiny.judge_steps:
+            from launch import judge_start
 
-                judge_start.teach_judging(network, tokenizer, task, model.tiny, aside, progress)
-        save(network, tokenizer, aside)
-        aside.chmod(0o755)
-        aside.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # else another process was faster, and its model is as good
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return folder
-
-
-def default_cache() -> Path:
-    """``$XDG_CACHE_HOME/agon/models``, or the same under ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agon" / "models"
+            judge_start.teach_judging(network, tokenizer, task, model.tiny, folder, progress)
+    save(network, tokenizer, folder)
 
 
 def warm_start(
@@ -237,18 +206,6 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _fingerprint(model: ModelConfig, task: AdditionTask) -> str:
-    """Changes with the settings and with the code that the model is made by."""
-    made_by = [Path(module.__file__ or "") for module in (addition, tiny)] + [Path(__file__)]
-    if model.tiny.judge_steps:
-        made_by.append(Path(__file__).with_name("judge_start.py"))
-    settings = asdict(model.tiny) | {"max_length": model.max_length, "digits": task.digits}
-    digest = xxhash.xxh3_64(json.dumps(settings, sort_keys=True).encode())
-    for source in made_by:
-        digest.update(source.read_bytes())
-    return f"tiny-{digest.hexdigest()}"
 
 
 def _weights(model: LlamaForCausalLM) -> dict[str, Tensor]:

@@ -152,9 +152,9 @@ class Learner(Observable):
             if not leases:
                 raise DeadlineError(f"learner: no batch in the queue within {self._step_deadline_s:g} s")
             done = []  # one whose lease ran out meanwhile comes again, and is dropped then
-            for lease in leases:
+            for lease, batch in zip(leases, self._read([lease.item for lease in leases]), strict=True):
                 if self._trainer.batches_done < end:
-                    self._consume(lease.item)
+                    self._consume(batch)
                     done.append(lease.id)
                 else:
                     queue.redeliver(lease.id)
@@ -163,13 +163,17 @@ class Learner(Observable):
         self._score_probe()  # now, while generators are at work: a publication makes them wait
         return [self._results[number] for number in range(start, end)]
 
-    def _consume(self, reference: Any) -> None:
-        batch: PreferenceBatch = fetch(
-            reference,
-            what="learner: a batch out of the queue",
+    def _read(self, references: list[Any]) -> list[PreferenceBatch]:
+        """In place, in the object store."""
+        batches: list[PreferenceBatch] = fetch(
+            references,
+            what="learner: batches out of the queue",
             deadline_s=self._step_deadline_s,
             knob="learner.step_deadline_s",
         )
+        return batches
+
+    def _consume(self, batch: PreferenceBatch) -> None:
         if self._is_next(batch):
             self._probe = None
             self._results[batch.number] = self._update(batch)

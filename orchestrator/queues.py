@@ -17,6 +17,7 @@ import contextlib
 import time
 from collections import OrderedDict, deque
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import ray
@@ -42,6 +43,11 @@ class Lease(Generic[Item]):
     """1 for the first delivery."""
     expires_at: float
     """Seconds on the queue's own clock."""
+
+
+def at_once(capacity: int) -> int:
+    """Half of a queue: while its batches are worked on, the other half is filled."""
+    return max(1, capacity // 2)
 
 
 class LeaseBuffer(Generic[Item]):
@@ -125,29 +131,32 @@ class QueueActor(Observable):
         self._buffer: LeaseBuffer[Any] = LeaseBuffer(capacity)
         self._changed = asyncio.Condition()
 
-    async def put(self, boxed: list[Any], timeout_s: float) -> bool:
-        """Appends ``boxed[0]`` (boxed, so that Ray does not fetch it), waiting for room; False when none came."""
+    async def put(self, items: list[Any], timeout_s: float) -> int:
+        """Appends references (listed, so that Ray does not fetch them) as room comes; returns how many it came for."""
+        end = time.monotonic() + timeout_s
         async with self._changed:
-            accepted = await self._wait(lambda: self._buffer.put(boxed[0]) or None, timeout_s)
-            self._changed.notify_all()
-            return accepted is not None
+            for number, item in enumerate(items):
+                if not await self._wait(partial(self._buffer.put, item), end - time.monotonic()):
+                    return number
+                self._changed.notify_all()
+            return len(items)
 
     async def lease(self, timeout_s: float, duration_s: float, done: Sequence[int]) -> list[Lease[Any]]:
         """Acknowledges the leases `done`, waits for items and leases them for `duration_s`; none where none came.
 
-        As many as there are, at most half of what the queue holds: the other half is there for whoever fills it.
+        As many as there are, at most `at_once` of what the queue holds: the others are there for whoever fills it.
         """
-        most = max(1, self._buffer.capacity // 2)
+        most = at_once(self._buffer.capacity)
 
-        def take() -> list[Lease[Any]] | None:
+        def take() -> list[Lease[Any]]:
             leases: list[Lease[Any]] = []
             while len(leases) < most and (lease := self._buffer.lease(now=time.monotonic(), duration=duration_s)):
                 leases.append(lease)
-            return leases or None
+            return leases
 
         async with self._changed:
             self._acknowledge(done)
-            return await self._wait(take, timeout_s) or []
+            return await self._wait(take, timeout_s)
 
     async def acknowledge(self, lease_ids: Sequence[int]) -> list[bool]:
         """See `LeaseBuffer.acknowledge`."""
@@ -178,10 +187,10 @@ class QueueActor(Observable):
             self._changed.notify_all()
         return known
 
-    async def _wait(self, attempt: Callable[[], Result | None], timeout_s: float) -> Result | None:
-        """Tries until it works or time is up. Wakes at least once a second: leases run out unannounced."""
+    async def _wait(self, attempt: Callable[[], Result], timeout_s: float) -> Result:
+        """Tries until something comes of it or time is up. Wakes at least once a second: leases run out unannounced."""
         end = time.monotonic() + timeout_s
-        while (result := attempt()) is None and (left := end - time.monotonic()) > 0:
+        while not (result := attempt()) and (left := end - time.monotonic()) > 0:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), min(left, 1.0))
         return result
@@ -193,16 +202,20 @@ class BatchQueue:
     Args:
         actor: of `QueueActor`.
         deadline_s: of an answer, beside the wait that was asked for (`learner.step_deadline_s`).
+        capacity: in batches.
     """
 
-    def __init__(self, actor: Any, deadline_s: float) -> None:
+    def __init__(self, actor: Any, deadline_s: float, capacity: int) -> None:
+        self.at_once = at_once(capacity)
+        """Batches that are leased in one call at most, and had better be offered in one: a call costs a millisecond."""
         self._actor = actor
         self._deadline_s = deadline_s
 
     @classmethod
     def create(cls, capacity: int, *, deadline_s: float) -> BatchQueue:
         """Starts the queue's actor, and does not wait for it."""
-        return cls(actor_class(QueueActor).options(num_cpus=0, max_concurrency=64).remote(capacity), deadline_s)
+        actor = actor_class(QueueActor).options(num_cpus=0, max_concurrency=64).remote(capacity)
+        return cls(actor, deadline_s, capacity)
 
     def wait_ready(self, deadline_s: float) -> None:
         """Waits until the actor is up, for `learner.start_deadline_s`."""
@@ -214,15 +227,15 @@ class BatchQueue:
         Raises:
             QueueClosedError: the queue was closed.
         """
-        return self.taken(self.offer(ref, timeout_s=timeout_s), timeout_s=timeout_s)
+        return self.taken(self.offer([ref], timeout_s=timeout_s), timeout_s=timeout_s) == 1
 
-    def offer(self, ref: Any, *, timeout_s: float) -> Any:
-        """Begins what `put` does, and leaves it to `taken` to wait: the next batch can be made meanwhile."""
-        return self._actor.put.remote([ref], timeout_s)
+    def offer(self, refs: Sequence[Any], *, timeout_s: float) -> Any:
+        """Begins to hand over references, and leaves it to `taken` to wait: the next ones can be made meanwhile."""
+        return self._actor.put.remote(list(refs), timeout_s)
 
-    def taken(self, offer: Any, *, timeout_s: float) -> bool:
-        """What `put` would have returned, or raised."""
-        return bool(self._call(offer, "put", timeout_s))
+    def taken(self, offer: Any, *, timeout_s: float) -> int:
+        """How many of an offer, the first ones, found room. Raises what `put` raises."""
+        return int(self._call(offer, "put", timeout_s))
 
     def lease(self, *, timeout_s: float, duration_s: float, done: Sequence[int] = ()) -> list[Lease[Any]]:
         """Waits for references of batches, redelivered unless acknowledged within `duration_s`.
@@ -233,7 +246,7 @@ class BatchQueue:
             done: leases that are acknowledged on the way, which saves a call.
 
         Returns:
-            Those that are there, in order, at most half of the queue's capacity; none where none came.
+            Those that are there, in order, at most `at_once`; none where none came.
 
         Raises:
             QueueClosedError: the queue was closed and is empty.

@@ -79,7 +79,7 @@ class Training:
         self._emit = emit
         # Those that queue and learner may still have. Where the owner of an object lets go of it before others that got
         # it one from another, Ray keeps a little memory of it for ever.
-        self._handed_out: deque[Any] = deque(maxlen=config.pipeline.queue_capacity + 2)
+        self._handed_out: deque[Any] = deque(maxlen=2 * config.pipeline.queue_capacity + 2)
         asked = config.reference.logprobs
         self._sampled_reference = asked == "sampled" or (asked == "auto" and config.model.dtype == "float32")
 
@@ -156,10 +156,12 @@ class Training:
     def _feed(self, iteration: int, batches: list[list[PreferencePair]], start: int, end: int, training: Any) -> None:
         """Puts packed batches into the queue as room appears, and stops as soon as the learner does.
 
-        One is packed while the one before is handed over.
+        The first at once, since it is waited for, and then several in a call; they are packed while those before are
+        handed over.
         """
-        loss, show = self._config.loss, partial(self._show, start, len(batches))
-        before: tuple[Any, Any] | None = None
+        loss, queue, show = self._config.loss, self._learning.queue, partial(self._show, start, len(batches))
+        packed_ones: list[Any] = []
+        before: tuple[list[Any], Any] | None = None
         mismatched = OBJECTIVES[loss.name].mismatched
         for number in range(start, end):
             packed = batching.pack(
@@ -173,17 +175,20 @@ class Training:
             self._accounts.issue_batch(iteration, number)
             reference = ray.put(packed)
             self._handed_out.append(reference)
-            if before and not self._is_taken(*before, training, show):
+            packed_ones.append(reference)
+            if len(packed_ones) < queue.at_once and start < number < end - 1:
+                continue
+            if before and not self._are_taken(*before, training, show):
                 return
-            before = (reference, self._learning.queue.offer(reference, timeout_s=_PUT_SLICE_S))
+            before, packed_ones = (packed_ones, queue.offer(packed_ones, timeout_s=_PUT_SLICE_S)), []
         if before:
-            self._is_taken(*before, training, show)
+            self._are_taken(*before, training, show)
 
-    def _is_taken(self, reference: Any, offer: Any, training: Any, show: Callable[[], None]) -> bool:
-        """Waits until the queue has a batch; False where the learner stopped meanwhile."""
+    def _are_taken(self, references: list[Any], offer: Any, training: Any, show: Callable[[], None]) -> bool:
+        """Waits until the queue has all batches of an offer; False where the learner stopped meanwhile."""
         deadline_s = self._config.learner.step_deadline_s
         give_up_at = time.monotonic() + deadline_s
-        while not self._learning.queue.taken(offer, timeout_s=_PUT_SLICE_S):
+        while references := references[self._learning.queue.taken(offer, timeout_s=_PUT_SLICE_S) :]:
             show()
             if ray.wait([training], timeout=0)[0]:
                 return False
@@ -192,7 +197,7 @@ class Training:
                     f"learner: took no batch from the queue within {deadline_s:g} s; raise learner.step_deadline_s"
                     " if a step is really that long, or lower learner.batch_pairs"
                 )
-            offer = self._learning.queue.offer(reference, timeout_s=_PUT_SLICE_S)
+            offer = self._learning.queue.offer(references, timeout_s=_PUT_SLICE_S)
         return True
 
     def _save(self, iteration: int, batches: int, results: list[UpdateResult], *, is_last: bool) -> CheckpointRecord:

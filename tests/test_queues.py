@@ -143,7 +143,7 @@ def test_a_lease_makes_room_for_an_offer_by_what_is_done(ray_cluster):
     refs = [ray.put(number) for number in range(3)]
     assert queue.put(refs[0], timeout_s=5)
     (first,) = queue.lease(timeout_s=5, duration_s=60)
-    offer = queue.offer(refs[1], timeout_s=30)
+    offer = queue.offer([refs[1]], timeout_s=30)
     assert not ray.wait([offer], timeout=0.2)[0], "full"
     (second,) = queue.lease(timeout_s=5, duration_s=60, done=[first.id])
     assert second.item == refs[1]
@@ -152,7 +152,21 @@ def test_a_lease_makes_room_for_an_offer_by_what_is_done(ray_cluster):
     assert queue.size() == 1
     assert queue.lease(timeout_s=0.1, duration_s=60, done=[second.id]) == []
     assert queue.size() == 0
-    assert queue.taken(queue.offer(refs[2], timeout_s=5), timeout_s=5)
+    assert queue.taken(queue.offer([refs[2]], timeout_s=5), timeout_s=5) == 1
+
+
+def test_an_offer_is_taken_as_far_as_there_is_room_in_order(ray_cluster):
+    queue = BatchQueue.create(2, deadline_s=30)
+    refs = [ray.put(number) for number in range(5)]
+    assert queue.taken(queue.offer(refs[:3], timeout_s=0.2), timeout_s=5) == 2, "two found room"
+    rest = queue.offer(refs[2:], timeout_s=30)
+    seen = []
+    while len(seen) < len(refs):
+        (lease,) = queue.lease(timeout_s=5, duration_s=60)
+        seen.append(lease.item)
+        queue.acknowledge([lease.id])
+    assert seen == refs, "what is offered while it waits for room comes as room does, behind what came before"
+    assert queue.taken(rest, timeout_s=5) == 3
 
 
 @pytest.mark.parametrize(("capacity", "sizes"), [(1, [1]), (3, [1, 1, 1]), (5, [2, 2, 1])])

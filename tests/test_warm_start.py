@@ -8,6 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conf.schema import ModelConfig, TinyConfig
 from launch import warm_start
+from launch.initial_model import ensure_tiny_model
+from launch.model_cache import default_cache
 from launch.tiny import EOS, VOCABULARY, make_model, make_tokenizer
 from orchestrator.errors import ModelError
 from orchestrator.tasks.addition import AdditionTask
@@ -34,7 +36,7 @@ def scripted(monkeypatch):
 
 def test_the_folder_is_an_ordinary_model(tmp_path):
     seen = []
-    folder = warm_start.ensure_tiny_model(config(), TASK, progress=lambda *row: seen.append(row), cache=tmp_path)
+    folder = ensure_tiny_model(config(), TASK, progress=lambda *row: seen.append(row), cache=tmp_path)
     assert [row[:2] for row in seen] == [(1, 400)]  # a target of zero is met at once
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert sorted(path.suffix for path in folder.iterdir()) == [".json"] * 4 + [".safetensors"]
@@ -49,19 +51,19 @@ def test_the_folder_is_an_ordinary_model(tmp_path):
 
 
 def test_a_second_call_takes_the_cached_folder(tmp_path):
-    first = warm_start.ensure_tiny_model(config(), TASK, cache=tmp_path)
-    again = warm_start.ensure_tiny_model(config(), TASK, cache=tmp_path, progress=lambda *_: pytest.fail("made again"))
+    first = ensure_tiny_model(config(), TASK, cache=tmp_path)
+    again = ensure_tiny_model(config(), TASK, cache=tmp_path, progress=lambda *_: pytest.fail("made again"))
     assert again == first
-    assert warm_start.ensure_tiny_model(config(seed=1), TASK, cache=tmp_path) != first
-    assert warm_start.ensure_tiny_model(config(), AdditionTask(digits=2), cache=tmp_path) != first
+    assert ensure_tiny_model(config(seed=1), TASK, cache=tmp_path) != first
+    assert ensure_tiny_model(config(), AdditionTask(digits=2), cache=tmp_path) != first
 
 
 def test_the_cache_is_the_users(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert warm_start.default_cache() == tmp_path / "agon" / "models"
+    assert default_cache() == tmp_path / "agon" / "models"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert warm_start.default_cache() == tmp_path / ".cache" / "agon" / "models"
+    assert default_cache() == tmp_path / ".cache" / "agon" / "models"
 
 
 def test_making_one_model_twice_at_once_leaves_one_whole_folder(tmp_path, monkeypatch):
@@ -73,7 +75,7 @@ def test_making_one_model_twice_at_once_leaves_one_whole_folder(tmp_path, monkey
 
     monkeypatch.setattr(warm_start, "save", save_together)
     makers = [
-        threading.Thread(target=lambda: found.append(warm_start.ensure_tiny_model(config(), TASK, cache=tmp_path)))
+        threading.Thread(target=lambda: found.append(ensure_tiny_model(config(), TASK, cache=tmp_path)))
         for _ in range(2)
     ]
     for maker in makers:
@@ -91,13 +93,13 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
 
     monkeypatch.setattr(warm_start, "save", full)
     with pytest.raises(OSError, match="no space left"):
-        warm_start.ensure_tiny_model(config(), TASK, cache=tmp_path)
+        ensure_tiny_model(config(), TASK, cache=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_target_out_of_reach_is_an_error_that_says_what_to_change(tmp_path):
     with pytest.raises(ModelError, match=r"max_steps=3 steps.*Raise model\.tiny\.max_steps"):
-        warm_start.ensure_tiny_model(config(target_accuracy=0.9, max_steps=3), TASK, cache=tmp_path)
+        ensure_tiny_model(config(target_accuracy=0.9, max_steps=3), TASK, cache=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
