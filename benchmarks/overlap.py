@@ -7,7 +7,7 @@ The embedded task (column addition, a Llama of 0.8M parameters), 96 prompts x 8 
     alone      sync; one core for the generator and one for the learner: how long an iteration's pairs and updates take
     overlap    async with the same cores: how long an iteration takes
     waves      semi_online with the same cores, two waves an iteration
-    turns      sync; both cores for whoever has the turn
+    turns      sync, the default; both cores for whoever has the turn: two generators, or two threads of the learner
 
 Runs take turns. The first two iterations of each, in which files and memory are touched first, and the last one, which
 is evaluated, do not count. Ratio: overlap / max(collect, train) of alone.
@@ -46,17 +46,16 @@ SETTINGS = [
     "evaluation.final_problems=64",
     f"evaluation.every={ITERATIONS}",
     "evaluation.kl_prompts=0",
-    "generator.num_actors=1",
     "scorer.num_actors=1",
     "tracking=disabled",
     "tracking.console=quiet",
 ]
-PINNED = ["generator.cpus_per_actor=1", "learner.num_threads=1"]
+PINNED = ["generator.num_actors=1", "learner.num_threads=1"]
 SIDES = {
     "alone": [*PINNED, "pipeline.mode=sync"],
     "overlap": [*PINNED, "pipeline.mode=async"],
     "waves": [*PINNED, "pipeline.mode=semi_online", "pipeline.wave_prompts=48"],
-    "turns": ["generator.cpus_per_actor=2", "learner.num_threads=2", "pipeline.mode=sync", "cluster.num_cpus=4"],
+    "turns": ["generator.num_actors=2", "learner.num_threads=2", "pipeline.mode=sync", "cluster.num_cpus=4"],
 }
 
 

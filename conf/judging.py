@@ -84,3 +84,8 @@ def cpus_needed(config: Config) -> float:
     scorers = len(pooled_kinds(config)) * scorer.num_actors
     engines, scorers = min(engines, _MOST), min(scorers, _MOST)  # more are refused, and fit in no float
     return config.learner.cpus + engines * generator.cpus_per_actor + scorers * scorer.cpus_per_actor
+
+
+def needs_main_thread(config: Config) -> bool:
+    """Whether whoever makes pairs compares formulas, which a signal breaks off where it takes for ever."""
+    return "majority" in judge_kinds(config) and config.scorer.verifier == "math"

@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from conf.judging import TRAINED_KINDS, compares, cpus_needed, judge_kinds, own_language_model
+from conf.judging import TRAINED_KINDS, compares, cpus_needed, judge_kinds, needs_main_thread, own_language_model
 from conf.objectives import OBJECTIVES, PAIR_LABELS, needs_reference
 from conf.pipeline import grows_old
 from orchestrator.errors import ConfigError
@@ -250,7 +250,7 @@ def _ahead(config: Config) -> Iterator[Problem]:
     if "implicit" in judge_kinds(config) and ahead:
         message = f"{mode}: scorer.kind={config.scorer.kind} asks the learner, which is being trained then: set sync"
         yield Problem("pipeline.mode", message)
-    if "majority" in judge_kinds(config) and config.scorer.verifier == "math" and ahead:
+    if needs_main_thread(config) and ahead:
         message = (
             f"{mode}: scorer.kind=majority with scorer.verifier=math compares formulas in a thread that nothing can"
             " interrupt then, and one may take for ever: set sync, or scorer.verifier=final_answer"

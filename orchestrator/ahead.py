@@ -7,8 +7,9 @@
 `semi_online` is between that and taking turns: no iteration is collected ahead of the one before it, but the learner is
 trained on the pairs of a wave while the next wave is collected. Its weights go out when the iteration ends.
 
-Iteration n is collected once iteration n - 1 - `max_staleness` is finished, so that weights which sample a pair are at
-most so many updates behind the learner's. With 0 that is when it is asked for: nothing runs ahead.
+Iteration n is collected once the weights of iteration n - 1 - `max_staleness` are published and tried, so that weights
+which sample a pair are at most so many updates behind the learner's. With 0 that is while the learner's last checkpoint
+is written: nothing else runs beside it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass, replace
 from threading import Condition, Event, Thread
 from typing import TYPE_CHECKING
 
+from conf.judging import needs_main_thread
 from conf.pipeline import max_staleness
 from orchestrator.context import Stage
 from orchestrator.errors import DataError, LostObjectError, PoolError, WeightsLostError
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from orchestrator.context import Context
+    from orchestrator.lineage import Lineage
     from orchestrator.types import PolicyVersion, PreferencePair
 
 _TICK_S = 0.5
@@ -105,46 +108,46 @@ class Ahead:
         self._context = context
         self._bound = max_staleness(context.config)
         self._streams = context.config.pipeline.mode == "semi_online"
+        self._waits = self._streams or needs_main_thread(context.config)
+        """Whether nothing is collected before it is asked for."""
         self._changed = Condition()
+        self._promoted: Lineage
         self._finished = 0
-        """The last iteration that is."""
+        """The last iteration whose weights are published, tried and kept."""
         self._plans: dict[int, _Plan] = {}
         self._thread: Thread | None = None
         self._error: BaseException | None = None
         self._unwanted = Event()
 
-    def go_on(self, number: int) -> None:
-        """Iteration `number` is the next one, those before it are finished. Collects ahead where that is possible.
-
-        Raises:
-            AgonError: what collecting ahead came to.
-        """
-        if self._error is not None:
-            raise self._error
-        with self._changed:
-            self._finished = number - 1
-            self._changed.notify_all()
-        if not self._bound or self._lives or not self._context.publisher.is_published:
-            return
-        first = max(self._plans, default=number - 1) + 1
-        self._thread = Thread(target=self._run, args=(first,), name="collect ahead", daemon=True)
-        self._thread.start()
-
-    def take(self, number: int, versions: Sequence[PolicyVersion], reference: PolicyVersion) -> Gathering:
-        """The pairs of an iteration.
+    def go_on(self, number: int, promoted: Lineage) -> None:
+        """Iteration `number` starts from weights that are published and kept: begins to collect what may be now.
 
         Args:
             number: of the iteration.
-            versions: the latest promoted policies, the current one last.
-            reference: what its pairs are trained against.
-
-        Raises:
-            AgonError: an actor or judge failed.
+            promoted: the policies so far.
         """
-        current = versions[-1]
-        policies = [one for one in dict.fromkeys(versions) if one.number >= current.number - self._bound]
+        with self._changed:
+            self._finished = number - 1
+            self._promoted = promoted
+            self._changed.notify_all()
+        first = max(self._plans, default=number - 1) + 1
+        last = self._context.config.pipeline.iterations
+        idle = self._waits or self._error or first > last or not self._context.publisher.is_published
+        if idle or self._lives:
+            return
+        self._thread = Thread(target=self._run, args=(first,), name="collect ahead", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises AgonError: what collecting ahead came to."""
+        if self._error is not None:
+            raise self._error
+
+    def take(self, number: int) -> Gathering:
+        """The pairs of the iteration that was gone on to last. Raises AgonError: an actor or judge failed."""
+        current, reference = self._promoted.latest[-1], self._promoted.reference
         plan = self._await_plan(number) or self._plan(number)
-        waves = [replace(wave, policies=policies, reference=reference) for wave in plan.waves]
+        waves = self._placed(plan.waves)
         if self._streams:
             self._restore(number, waves, current)
             return Gathering(plan.cursor, self._stream(waves), reference)
@@ -206,6 +209,12 @@ class Ahead:
         ]
         return _Plan(waves=waves, cursor=context.prompts.cursor, outcome=outcome)
 
+    def _placed(self, waves: Sequence[Wave]) -> list[Wave]:
+        """Waves of the iteration that was gone on to last, with what may sample them and their reference."""
+        versions, reference = self._promoted.latest, self._promoted.reference
+        policies = [one for one in dict.fromkeys(versions) if one.number >= versions[-1].number - self._bound]
+        return [replace(wave, policies=policies, reference=reference) for wave in waves]
+
     def _collect(self, waves: Sequence[Wave], *, quietly: bool = False) -> Collected:
         harvest = Harvest()
         with self._context.stage("collect", waves[0].iteration, quietly=quietly) as stage:
@@ -256,7 +265,8 @@ class Ahead:
                     self._plans[number] = plan
                     self._changed.notify_all()
                 try:
-                    outcome.set_result(self._collect(plan.waves, quietly=True))
+                    waves = plan.waves if self._bound else self._placed(plan.waves)
+                    outcome.set_result(self._collect(waves, quietly=True))
                 except BaseException as error:  # noqa: BLE001 - raised where the pairs are asked for
                     if not isinstance(error, WeightsLostError):
                         self._error = error

@@ -80,7 +80,8 @@ class Controller:
             trims = Pace(_TRIM_S)
             for number in range(last.iteration + 1 if last else 1, config.pipeline.iterations + 1):
                 self._check_progress()
-                ahead.go_on(number)
+                ahead.check()
+                ahead.go_on(number, self._promoted)
                 self._promoted.add(Iteration(context, ahead, number, self._promoted).run())
                 context.profile.note()
                 if not trims.left_s:

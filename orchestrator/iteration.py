@@ -1,14 +1,16 @@
-"""One iteration as a transaction: collect -> train -> publish -> anchors -> evaluate -> promote.
+"""One iteration as a transaction: collect -> train -> publish -> anchors -> evaluate -> settle -> promote.
 
     stage      consumes                    produces                                                      counts from
     collect    prompts, the data policy    rollouts/*.parquet, pairs/*.parquet, pairs                    each wave
-    train      pairs                       checkpoints/iteration-NNNN                                    each segment
+    train      pairs                       weights, and checkpoints/iteration-NNNN on its way to disk    each segment
     publish    the learner's weights       a version that every generator holds                          the proof
     anchors    held-out prompts            how far the judge that trains agrees with the verifier        its end
     evaluate   held-out prompts            accuracy with intervals, KL (each `evaluation.every`)         its end
+    settle     -                           checkpoints/iteration-NNNN on disk                            its end
     promote    all of it                   a row of the ledger; the version is the next data policy      the row
 
-What counts is never done again: a run that is resumed goes on within the stage in which it was broken off.
+What counts is never done again: a run that is resumed goes on within the stage in which it was broken off. The next
+pairs are collected from `settle` on.
 """
 
 from __future__ import annotations
@@ -62,19 +64,32 @@ class Iteration:
         context = self._context
         gathering = self._collect()
         moved = self._train(gathering)
-        version = self._policy
-        with ExitStack() as until_promoted:
+        while True:
+            version = self._try(moved=moved)
+            self._ahead.go_on(self._number + 1, self._promoted.after(version))
+            with self._stage("settle"):
+                context.training.settle()
+            if not context.learning.has_moved:
+                break
+            # The learner died before its weights were on disk, and those of whoever trained again may differ.
+        with context.stage("promote", self._number):
+            self._promote(version)
+        return version
+
+    def _try(self, *, moved: bool) -> PolicyVersion:
+        """Publishes what was trained, measures it, and decides which policy the next iteration starts from."""
+        context, version = self._context, self._policy
+        with ExitStack() as until_decided:
             if context.config.promotion.gate == "reject":
                 # Nothing is collected by a policy that may be given up.
-                until_promoted.enter_context(context.floor.taken())
+                until_decided.enter_context(context.floor.taken())
             if moved:
                 version = self._publish()
             if _has_anchors(context.config):
                 self._measure("anchors", self._measure_judge)
             if _is_evaluated(context.config, self._number):
                 self._measure("evaluate", self._evaluate)
-            with context.stage("promote", self._number):
-                return self._promote(version)
+            return self._decide(version)
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[Stage]:
@@ -83,7 +98,7 @@ class Iteration:
         self._metrics |= stage.metrics()
 
     def _collect(self) -> Gathering:
-        gathering = self._ahead.take(self._number, self._promoted.latest, self._promoted.reference)
+        gathering = self._ahead.take(self._number)
         self._cursor = gathering.cursor
         return gathering
 
@@ -117,6 +132,7 @@ class Iteration:
     def _roll_back(self, why: str) -> PolicyVersion:
         """Learner and generators go back to the last promoted policy; what was trained is in no weights any more."""
         self._metrics[ROLLED_BACK] = 1.0
+        self._context.training.forget()
         self._context.learning.give_up(self._number)
         self._context.emit(
             Event(
@@ -170,10 +186,9 @@ class Iteration:
                 )
         return {}
 
-    def _promote(self, version: PolicyVersion) -> PolicyVersion:
-        """Decides which policy the next iteration starts from, and makes this one count."""
+    def _promote(self, version: PolicyVersion) -> None:
+        """Makes the iteration count."""
         context = self._context
-        version = self._decide(version)
         checkpoint = context.accounts.latest_checkpoint()
         # Logged first: lines of an iteration that has no row yet are dropped when the run is resumed.
         context.tracker.log(self._metrics, iteration=self._number, step=context.learning.steps)
@@ -186,7 +201,6 @@ class Iteration:
         )
         write_summary(context.run_dir, build_summary(context.ledger))
         self._prune()
-        return version
 
     def _decide(self, version: PolicyVersion) -> PolicyVersion:
         context, config = self._context, self._context.config.promotion

@@ -81,6 +81,8 @@ class Learning:
         """Held by a thread while it has the learner to itself."""
         self.has_moved = False
         """Whether it has been trained since its weights were published last."""
+        self.redo: Callable[[], None] | None = None
+        """Does again what the learner did and no checkpoint that counts contains yet; None where there is nothing."""
         self._is_restored = True
         """False of a learner that was started anew and does not hold the last checkpoint that counts yet."""
         self.tidy(partial=True)  # nobody writes yet
@@ -247,8 +249,11 @@ class Learning:
                 else:
                     self._begin_anew()
                     came_from = self._go_back(fresh=True)
+                    if self.redo is not None:
+                        self.move()
+                        self.redo()
                 break
-            except ActorLostError as again:
+            except (ActorLostError, LostObjectError) as again:
                 error = again
         seconds = time.monotonic() - started
         self._tell(EventKind.REPLACED, f"learner: goes on from {came_from} after {seconds:.1f} s")

@@ -314,6 +314,10 @@ class Ledger(LedgerReader):
         )
         self.db.execute("INSERT INTO iterations VALUES (?, ?, ?, ?, ?, ?, ?)", values)
 
+    def forget_measurements(self, iteration: int) -> None:
+        """What was measured of an iteration's policy counts no more: it is trained again, or trained on."""
+        self.db.execute("DELETE FROM phases WHERE iteration = ? AND phase IN ('anchors', 'evaluate')", (iteration,))
+
     def unfinish_iterations(self, after: int) -> None:
         """Iterations behind `after`, and their stages but `collect`, count no more: what they stood on is lost."""
         self.db.execute("DELETE FROM iterations WHERE iteration > ?", (after,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from copy import copy
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -41,6 +42,13 @@ class Lineage:
         self._first = self._first or version
         self._latest.append(version)
         self._chain.update(f":{version.digest}".encode())
+
+    def after(self, version: PolicyVersion) -> Lineage:
+        """What this one is once `version` is added."""
+        other = copy(self)
+        other._latest, other._chain = self._latest.copy(), self._chain.copy()
+        other.add(version)
+        return other
 
     @property
     def latest(self) -> tuple[PolicyVersion, ...]:

@@ -4,7 +4,9 @@
       ^ pairs, all at once or (`pipeline.mode=semi_online`) wave by wave
 
 A segment is the unit that is acknowledged or done again: its checkpoint and its batches count from one transaction on.
-A checkpoint is written while the next segment is trained on.
+A checkpoint is written while the next segment is trained on; that of the last one, while the weights are published and
+tried and the next pairs are collected. Whoever takes the place of a learner that dies before it is on disk, trains on
+that segment again.
 """
 
 from __future__ import annotations
@@ -77,6 +79,8 @@ class Training:
         self._store = store
         self._tracker = tracker
         self._emit = emit
+        self._written: tuple[CheckpointRecord, list[UpdateResult]] | None = None
+        """What is being written, and what its batches did."""
         # Those that queue and learner may still have. Where the owner of an object lets go of it before others that got
         # it one from another, Ray keeps a little memory of it for ever.
         self._handed_out: deque[Any] = deque(maxlen=2 * config.pipeline.queue_capacity + 2)
@@ -84,7 +88,7 @@ class Training:
         self._sampled_reference = asked == "sampled" or (asked == "auto" and config.model.dtype == "float32")
 
     def run(self, iteration: int, pairs: Iterator[Sequence[PreferencePair]]) -> list[UpdateResult]:
-        """Trains on the pairs of an iteration, and returns once all of it is on disk.
+        """Trains on the pairs of an iteration, and returns while the last of it is written to disk: see `settle`.
 
         Args:
             iteration: its number.
@@ -105,12 +109,36 @@ class Training:
         self._log(iteration, self._accounts.results(iteration))
         if plan.batches or plan.more():
             self._learning.move()
+            train = partial(self._train, iteration, plan)
             try:
-                self._learning.surviving(lambda: self._train(iteration, plan))
+                self._learning.surviving(train)
             except TrainingError:
                 plan.complete()  # all its pairs are accounted for: in batches that are rolled back
                 raise
-        return self._accounts.results(iteration)
+            self._learning.redo = train
+        return [*self._accounts.results(iteration), *(self._written[1] if self._written else ())]
+
+    def settle(self) -> None:
+        """Waits until all that was trained on is on disk, from when on it counts.
+
+        Raises:
+            DeadlineError: the disk takes too long.
+            PoolError: the learner died more often than `learner.restarts` allows.
+        """
+        self._learning.surviving(self._finish)
+
+    def forget(self) -> None:
+        """What was trained last is given up, whether it comes to the disk or not."""
+        self._written = self._learning.redo = None
+
+    def _finish(self) -> None:
+        self._settle()
+        self._learning.redo = None
+
+    def _settle(self) -> None:
+        if self._written:
+            self._acknowledge(*self._written)
+            self._written = None
 
     def _note_plan(self, iteration: int, batches: Sequence[Sequence[PreferencePair]]) -> None:
         with self._ledger.transaction():
@@ -120,22 +148,20 @@ class Training:
         """From what is acknowledged to the last batch; any death on the way is the caller's to mend."""
         batches, every = plan.batches, self._config.learner.checkpoint_steps
         total = len(batches) if plan.is_complete else 0
+        self._written = None  # of a learner that died meanwhile
         done = self._learning.ask("begin_iteration", iteration, total, what="begin the iteration")
-        written: tuple[CheckpointRecord, list[UpdateResult]] | None = None
         start = len(self._accounts.results(iteration))
         while plan.reaches(start):
             # A learner that outlived its queue may be ahead, and what is saved is where it is.
             end = max(done, min(len(batches), start - start % every + every))
             results = self._segment(iteration, batches, start, end)
-            if written:
-                self._acknowledge(*written)
+            self._settle()
             is_last = plan.is_complete and end == len(batches)
-            written = (self._save(iteration, end, results, is_last=is_last), results)
+            self._written = (self._save(iteration, end, results, is_last=is_last), results)
             start = end
-        if written:
-            self._acknowledge(*written)
 
     def _segment(self, iteration: int, batches: list[list[PreferencePair]], start: int, end: int) -> list[UpdateResult]:
+        self._ledger.forget_measurements(iteration)  # of other weights
         acknowledged = len(self._accounts.results(iteration))
         training = self._learning.actor.train.remote(self._learning.queue, start, end, acknowledged=acknowledged)
         self._feed(iteration, batches, start, end, training)

@@ -31,6 +31,10 @@ def version(number):
     return PolicyVersion(number=number, digest=f"{number:016x}")
 
 
+def lineage(versions, reference=None):
+    return SimpleNamespace(latest=tuple(versions), reference=reference or version(0))
+
+
 class Run:
     """As much of a run as collecting ahead needs; the published weights sample whatever is asked for."""
 
@@ -82,8 +86,8 @@ class Run:
         """The controller's loop; every iteration is trained on for a while and promotes a version."""
         found = []
         for number in numbers:
-            ahead.go_on(number)
-            found.append(ahead.take(number, tuple(versions), version(99)))
+            ahead.go_on(number, lineage(versions, version(99)))
+            found.append(ahead.take(number))
             self.pairs.append([list(part) for part in found[-1]])
             time.sleep(0.01)
             self.publisher.version = version(number)
@@ -107,7 +111,7 @@ def test_an_iteration_is_collected_as_soon_as_the_bound_allows_and_no_sooner(bou
     assert [number for number, _, _ in run.sampled] == [1, 2, 3, 4, 5, 6], "each once, in order"
     assert all(finished >= number - 1 - bound for number, finished, _ in run.sampled)
     assert any(finished < number - 1 for number, finished, _ in run.sampled) == (bound > 0)
-    assert {by_main for _, _, by_main in run.sampled} == {bound == 0}
+    assert {by_main for _, _, by_main in run.sampled} == {False}
     ids = [pair.id for parts in run.pairs for part in parts for pair in part]
     assert len(ids) == len(set(ids)) == 24
     assert [each.cursor for each in found] == [4, 8, 12, 16, 20, 24]
@@ -117,11 +121,35 @@ def test_an_iteration_is_collected_as_soon_as_the_bound_allows_and_no_sooner(bou
     assert run.published == []
 
 
-def test_sync_never_runs_ahead():
-    run = Run(mode="sync")
+def test_sync_is_collected_by_the_weights_and_against_the_reference_that_it_starts_from():
+    run, seen = Run(mode="sync"), []
+    collect = run.waves.collect
+
+    def collect_one(wave):
+        seen.append((wave.iteration, [policy.number for policy in wave.policies], wave.reference.number))
+        return collect(wave)
+
+    run.waves.collect = collect_one
     with closing(Ahead(run)) as ahead:
         run.go(ahead, range(1, 7), [version(0)])
-    assert run.sampled == [(number, number - 1, True) for number in range(1, 7)]
+    assert run.sampled == [(number, number - 1, False) for number in range(1, 7)]
+    assert seen == [(number, [number - 1], 99) for number in range(1, 7) for _ in range(2)]
+
+
+def test_sync_begins_as_soon_as_weights_are_kept_and_is_made_anew_where_they_were_trained_again():
+    """The learner may die before they are on disk."""
+    run = Run(mode="sync")
+    lost = PolicyVersion(number=1, digest="f" * 16)
+    with closing(Ahead(run)) as ahead:
+        run.go(ahead, [1], [version(0)])
+        run.publisher.version, run.finished = lost, 1
+        ahead.go_on(2, lineage([lost]))
+        wait_until(lambda: len(run.sampled) == 2)
+        run.publisher.version = version(1)
+        ahead.go_on(2, lineage([version(1)]))
+        found = ahead.take(2)
+        list(found)
+    assert found.harvest.sampled_by == {version(1).digest}
 
 
 def test_semi_online_gives_a_wave_while_the_next_one_is_collected():
@@ -140,8 +168,8 @@ def test_semi_online_gives_a_wave_while_the_next_one_is_collected():
     versions = [version(0)]
     with closing(Ahead(run)) as ahead:
         for number in (1, 2, 3):
-            ahead.go_on(number)
-            gathering = ahead.take(number, tuple(versions), version(99))
+            ahead.go_on(number, lineage(versions, version(99)))
+            gathering = ahead.take(number)
             parts = iter(gathering)
             assert [pair.iteration for pair in next(parts)] == [1, 1]
             taken.set()
@@ -163,8 +191,8 @@ def test_an_error_of_a_wave_is_raised_where_its_pairs_are_asked_for(error, raise
     run = Run(mode="semi_online")
     run.break_off[1, 1] = error
     with closing(Ahead(run)) as ahead:
-        ahead.go_on(1)
-        parts = iter(ahead.take(1, (version(0),), version(0)))
+        ahead.go_on(1, lineage([version(0)]))
+        parts = iter(ahead.take(1))
         assert len(next(parts)) == 2
         with pytest.raises(raised, match=str(error)):
             next(parts)
@@ -189,10 +217,10 @@ def test_what_weights_sampled_that_are_not_promoted_is_made_anew():
     run.publisher.version = given_up
     run.waves.are_committed = lambda waves: False
     with closing(Ahead(run)) as ahead:
-        ahead.go_on(1)
+        ahead.go_on(1, lineage([version(0)]))
         wait_until(lambda: len(run.sampled) == 2)  # the first is done
         run.publisher.version = version(0)
-        found = ahead.take(1, (version(0),), version(0))
+        found = ahead.take(1)
         list(found)
     assert found.harvest.sampled_by == {version(0).digest}
     assert run.undone == [1]
@@ -205,10 +233,11 @@ def test_an_error_is_raised_where_the_pairs_are_asked_for():
     with closing(Ahead(run)) as ahead:
         run.go(ahead, [1], [version(0)])
         wait_until(lambda: not ahead._lives)
+        ahead.go_on(2, lineage([version(0), version(1)]))
         with pytest.raises(JudgeError, match="no verdict"):
-            ahead.take(2, (version(0), version(1)), version(1))
+            ahead.take(2)
         with pytest.raises(JudgeError, match="no verdict"):
-            ahead.go_on(2)
+            ahead.check()
     assert [number for number, _, _ in run.sampled] == [1, 2], "nothing is collected behind it"
 
 
@@ -243,7 +272,7 @@ def test_the_end_of_a_run_waits_for_nobody():
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("orchestrator.remote.ray.wait", lambda refs, **_: time.sleep(0.05) or ([], refs))
         ahead = Ahead(run)
-        ahead.go_on(1)
+        ahead.go_on(1, lineage([version(0)]))
         assert started.wait(DEADLINE_S)
         ahead.close()
     assert not ahead._lives

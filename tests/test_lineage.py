@@ -32,7 +32,11 @@ def test_it_is_the_same_whether_resumed_or_not_and_holds_what_the_bound_asks_for
         row += [row[-1]] * (step - 1) + [PolicyVersion(number=number, digest=f"{number:x}")]
     grown = lineage(kind, bound=bound, versions=row[:1])
     for version in row[1:]:
+        before = (grown.latest, grown.reference)
+        after = grown.after(version)
+        assert (grown.latest, grown.reference) == before
         grown.add(version)
+        assert (after.latest, after.reference) == (grown.latest, grown.reference)
     resumed = lineage(kind, bound=bound, versions=row)
     distinct = tuple(dict.fromkeys(row))
     assert grown.latest == resumed.latest == distinct[-(bound + 1) :]

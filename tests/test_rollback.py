@@ -1,20 +1,26 @@
 """Updates that go wrong on a real run: what was trained is in no weights, and what follows knows nothing of it."""
 
 import json
+import os
+import time
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from conf.compose import compose
 from launch.audit import audit
 from launch.run import run
+from learners import checkpoint
 from learners.learner import Learner
 from orchestrator.ledger import LedgerReader
 from orchestrator.metrics import ROLLED_BACK
-from orchestrator.store import read_pairs
+from orchestrator.store import Store, read_pairs, read_rollouts
 from orchestrator.training import Training
 from tests.runs import REFERENCE, do_run
 
+DEADLINE_S = 60.0
 FIRST_BAD = 1
 """Batch of each iteration but the first from which on gradients are not finite."""
 
@@ -29,6 +35,30 @@ class ExplodingLearner(Learner):
     def _explode(self, gradient):
         bad = self._trainer.iteration > 1 and self._trainer.batches_done >= FIRST_BAD
         return gradient * float("nan") if bad else gradient
+
+
+class DriftingLearner(Learner):
+    """Dies while the last checkpoint of the second iteration is written, once pairs of the third are there.
+
+    Whoever takes its place learns otherwise, as on devices that do not compute the same twice.
+    """
+
+    def __init__(self, **options):
+        self._mark = Path(os.environ["AGON_TEST_MARK"])
+        if self._mark.exists():
+            options["learner"] = replace(options["learner"], lr=options["learner"].lr * 2)
+        super().__init__(**options)
+        self._seal = checkpoint._seal
+        checkpoint._seal = self._seal_or_die
+
+    def _seal_or_die(self, target, *rest):
+        if target.name == "iteration-0002" and not self._mark.exists():
+            self._mark.touch()
+            pairs, end = target.parent.parent / "pairs", time.monotonic() + DEADLINE_S
+            while not list(pairs.glob("iteration-0003-*.parquet")) and time.monotonic() < end:
+                time.sleep(0.05)
+            os._exit(1)
+        return self._seal(target, *rest)
 
 
 def resume(run_dir, *overrides):
@@ -141,3 +171,28 @@ def test_waves_of_an_iteration_that_is_given_up_while_they_are_collected_are_all
     assert [each.metrics.get(ROLLED_BACK) for each in done] == [None, 0, 1]
     assert done[2].metrics["pairs/kept"] > 0
     assert_on_policy(run_dir)
+
+
+def test_weights_that_were_published_and_lost_are_in_nothing_that_counts(tmp_path, monkeypatch):
+    """The learner dies before they are on disk, and others come of its pairs."""
+    monkeypatch.setattr("launch.placement.Learner", DriftingLearner)
+    monkeypatch.setenv("AGON_TEST_MARK", str(tmp_path / "mark"))
+    run_dir = tmp_path / "run"
+    assert do_run(tmp_path, run_dir, **REFERENCE) == 0
+    assert [event["actor"] for event in events(run_dir, "replaced")] == ["learner"]
+    done = finished(run_dir)
+    for each in done:
+        for kind in ("greedy", "sampled"):
+            answers = read_rollouts(Store(run_dir).evaluation_path(each.iteration, kind))
+            policies = {one.policy for group in answers for one in group.group.completions}
+            assert policies == {each.version}, "what was measured is what counts"
+    assert done[3].metrics["pairs/evicted"] > 0, "the next pairs were collected while the checkpoint was written"
+    assert_on_policy(run_dir)
+    monkeypatch.undo()
+    undisturbed = tmp_path / "undisturbed"
+    assert do_run(tmp_path, undisturbed, **REFERENCE) == 0
+    others = finished(undisturbed)
+    assert [each.version == other.version for each, other in zip(done, others, strict=True)] == [1, 1, 0, 0]
+    with LedgerReader(run_dir) as ledger:
+        published = ledger.db.execute("SELECT number, digest FROM publications ORDER BY number").fetchall()
+    assert [tuple(row) for row in published] == [(each.version.number, each.version.digest) for each in done]
