@@ -27,6 +27,7 @@ from orchestrator import dispatch, pace, pools, remote, rollouts
 from orchestrator.queues import LeaseBuffer
 from orchestrator.stacks import Where
 from orchestrator.types import Completion, FinishReason, PolicyVersion
+from orchestrator.waits import forget_everybody
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -305,8 +306,9 @@ class Learner:
 
 @contextmanager
 def simulated(world: World) -> Iterator[None]:
-    """Within the block the modules that are tried see the world."""
+    """Within the block the modules that are tried see the world; its actors are forgotten behind it."""
     with ExitStack() as stack:
+        stack.callback(forget_everybody)
         for module in _MODULES:
             for name in ("ray", "time"):
                 if hasattr(module, name):
