@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -47,10 +48,13 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps these rows."""
+        """Keeps these rows, in this order; those that are where they should be are not touched."""
         if self._rooms is not None:
-            length = self.get_seq_length()
-            self._rooms = self._rooms[0][indices], self._rooms[1][indices]
+            length, places = self.get_seq_length(), torch.arange(len(indices), device=indices.device)
+            moved = places[indices != places]
+            for room in self._rooms:
+                room[moved] = room[indices[moved]]
+            self._rooms = self._rooms[0][: len(indices)], self._rooms[1][: len(indices)]
             self._show(length)
 
     def _show(self, length: int) -> None:

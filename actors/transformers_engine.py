@@ -41,8 +41,8 @@ class _Row:
     """A request that runs or waits."""
 
     request: GenerationRequest
-    budget: int
-    generator: torch.Generator
+    uniform: torch.Tensor
+    """[the most tokens it may get], which are drawn by it."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
@@ -99,26 +99,27 @@ class TransformersEngine:
         self._rows: list[_Row] = []
         self._cache: DynamicCache | None = None
         self._mask = torch.empty(0, 0, dtype=torch.long, device=self._device)
+        self._draws: _Draws
 
     def add(self, request: GenerationRequest) -> None:
         """Queues a request. Raises ValueError for one that can never be served."""
         if any(row.request.id == request.id for row in (*self._rows, *self._waiting)):
             raise ValueError(f"Request {request.id!r} is in flight already; give every request an id of its own.")
         budget = token_budget(request, max_length=self._max_length, vocab_size=self._model.config.vocab_size)
-        generator = torch.Generator().manual_seed(request.seed)
-        self._waiting.append(_Row(request=request, budget=budget, generator=generator))
+        uniform = torch.rand(budget, generator=torch.Generator().manual_seed(request.seed))
+        self._waiting.append(_Row(request=request, uniform=uniform))
 
     @torch.inference_mode()
     def step(self) -> list[EngineOutput]:
         """Advances every running request by one token; returns those that finished."""
         if not self._rows:
+            if not self._waiting:
+                return []
             self._rows = [self._waiting.popleft() for _ in range(min(self._max_num_seqs, len(self._waiting)))]
-            self._cache = None
-        if not self._rows:
-            return []
+            self._cache, self._draws = None, _Draws.of(self._rows, self._device)
         logits = self._prefill() if self._cache is None else self._decode()
         logprobs = logits.log_softmax(-1)
-        tokens = _sample(logits, self._rows)
+        tokens = self._draws.sample(logits, len(self._rows[0].token_ids))
         chosen = logprobs.gather(1, tokens[:, None])[:, 0]
         outputs = []
         for row, token, logprob in zip(self._rows, tokens.tolist(), chosen.tolist(), strict=True):
@@ -128,6 +129,7 @@ class TransformersEngine:
         self._keep([index for index, output in enumerate(outputs) if output is None])
         return [output for output in outputs if output is not None]
 
+    @torch.inference_mode()
     def abort(self, request_ids: Sequence[str]) -> None:
         """Drops requests; unknown ids are ignored."""
         dropped = set(request_ids)
@@ -224,12 +226,17 @@ class TransformersEngine:
         return logits
 
     def _keep(self, rows: list[int]) -> None:
-        """Drops all other rows from the batch."""
+        """Drops all other rows from the batch; the last ones take their places, so that few keys and values move."""
         if len(rows) == len(self._rows):
             return
-        self._rows = [self._rows[index] for index in rows]
-        if self._rows and self._cache is not None:
-            kept = torch.tensor(rows, device=self._device)
+        stay, move = {row for row in rows if row < len(rows)}, iter([row for row in rows if row >= len(rows)])
+        order = [place if place in stay else next(move) for place in range(len(rows))]
+        self._rows = [self._rows[row] for row in order]
+        if not self._rows:
+            return
+        kept = torch.tensor(order, device=self._device)
+        self._draws = self._draws.kept(kept)
+        if self._cache is not None:
             self._cache.batch_select_indices(kept)
             self._mask = self._mask[kept]
 
@@ -244,7 +251,7 @@ class TransformersEngine:
             ends = [text.find(stop) + len(stop) for stop in row.request.sampling.stop if stop in text]
             if ends:
                 reason, text = FinishReason.STOP, text[: min(ends)]
-        if reason is None and len(row.token_ids) == row.budget:
+        if reason is None and len(row.token_ids) == len(row.uniform):
             reason = FinishReason.LENGTH
         if reason is None:
             return None
@@ -261,21 +268,43 @@ class TransformersEngine:
         return text
 
 
-def _sample(logits: torch.Tensor, rows: Sequence[_Row]) -> torch.Tensor:
-    """Draws one token [B] from each row of logits [B, V], by inverting the cumulative distribution.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Draws:
+    """How the rows of a batch are drawn."""
 
-    It runs over the vocabulary in its own order, not in that of probability: rounding that differs with the batch then
-    moves a boundary by a rounding error and no token changes places.
-    """
-    samplings = [row.request.sampling for row in rows]
-    temperature, top_p = logits.new_tensor([(sampling.temperature, sampling.top_p) for sampling in samplings]).T
-    uniform = torch.cat([torch.rand(1, generator=row.generator) for row in rows]).to(logits.device, torch.float64)
-    probs = (logits / temperature.where(temperature > 0, 1.0)[:, None]).softmax(-1)
-    if (top_p < 1).any():
-        ranked = probs.sort(dim=-1, descending=True).values
-        inside = ranked.cumsum(-1) - ranked < top_p[:, None]
-        least = ranked.masked_fill(~inside, torch.inf).amin(-1, keepdim=True)
-        probs = probs.where((probs >= least) | (top_p >= 1)[:, None], 0.0)
-    cumulative = probs.double().cumsum(-1)
-    drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
-    return logits.argmax(-1).where(temperature == 0, drawn.clamp(max=logits.shape[-1] - 1))
+    temperature: torch.Tensor
+    """[B]"""
+    top_p: torch.Tensor
+    """[B]"""
+    uniform: torch.Tensor
+    """[B, T]: of each token, from 0 to 1."""
+
+    @classmethod
+    def of(cls, rows: Sequence[_Row], device: torch.device) -> _Draws:
+        """Those of rows."""
+        samplings = [(row.request.sampling.temperature, row.request.sampling.top_p) for row in rows]
+        temperature, top_p = torch.tensor(samplings, device=device).T
+        uniform = torch.nn.utils.rnn.pad_sequence([row.uniform for row in rows], batch_first=True)
+        return cls(temperature=temperature, top_p=top_p, uniform=uniform.to(device))
+
+    def kept(self, rows: torch.Tensor) -> _Draws:
+        """Those of some rows, by index."""
+        return _Draws(temperature=self.temperature[rows], top_p=self.top_p[rows], uniform=self.uniform[rows])
+
+    def sample(self, logits: torch.Tensor, number: int) -> torch.Tensor:
+        """Draws token `number` [B] of each row from logits [B, V], by inverting the cumulative distribution.
+
+        It runs over the vocabulary in its own order, not in that of probability: rounding that differs with the batch
+        then moves a boundary by a rounding error and no token changes places.
+        """
+        temperature, top_p = self.temperature, self.top_p
+        probs = (logits / temperature.where(temperature > 0, 1.0)[:, None]).softmax(-1)
+        if (top_p < 1).any():
+            ranked = probs.sort(dim=-1, descending=True).values
+            inside = ranked.cumsum(-1) - ranked < top_p[:, None]
+            least = ranked.masked_fill(~inside, torch.inf).amin(-1, keepdim=True)
+            probs = probs.where((probs >= least) | (top_p >= 1)[:, None], 0.0)
+        cumulative = probs.double().cumsum(-1)
+        uniform = self.uniform[:, number, None].double()
+        drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
+        return logits.argmax(-1).where(temperature == 0, drawn.clamp(max=logits.shape[-1] - 1))
