@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 SIZES = (10, 30, 100, 300, 1_000, 3_000, 10_000)
-REPETITIONS = 3
+REPETITIONS = 5
 MAX_STALENESS, LEAST_BUSY = 2, 0.95
 PROMPTS, COMPLETIONS, BATCH_PAIRS = 2, 4, 10
 """Prompts of a generator in an iteration; completions of a prompt; a prompt makes one pair."""

@@ -6,7 +6,8 @@ The embedded task (column addition, a Llama of 0.8M parameters), 96 prompts x 8 
 
     alone      sync; one core for the generator and one for the learner: how long an iteration's pairs and updates take
     overlap    async with the same cores: how long an iteration takes
-    waves      semi_online with the same cores, two waves an iteration
+    both       async; both cores for whoever needs them: two generators, two threads of the learner
+    waves      semi_online with one core each, two waves an iteration
     turns      sync, the default; both cores for whoever has the turn: two generators, or two threads of the learner
 
 Runs take turns. The first two iterations of each, in which files and memory are touched first, and the last one, which
@@ -54,6 +55,7 @@ PINNED = ["generator.num_actors=1", "learner.num_threads=1"]
 SIDES = {
     "alone": [*PINNED, "pipeline.mode=sync"],
     "overlap": [*PINNED, "pipeline.mode=async"],
+    "both": ["generator.num_actors=2", "learner.num_threads=2", "pipeline.mode=async", "cluster.num_cpus=4"],
     "waves": [*PINNED, "pipeline.mode=semi_online", "pipeline.wave_prompts=48"],
     "turns": ["generator.num_actors=2", "learner.num_threads=2", "pipeline.mode=sync", "cluster.num_cpus=4"],
 }
@@ -85,7 +87,7 @@ def measure(folder: Path, name: str, number: int) -> dict[str, list[float]]:
     """Seconds of each iteration that counts, of its collect and train stages, and idle shares of both actors."""
     run_dir = folder / f"{name}-{number}"
     config = compose([f"run_dir={run_dir}", *SETTINGS, *SIDES[name]])
-    if name == "turns":
+    if name in ("turns", "both"):
         code = run(config)
     else:
         with pinned():
@@ -121,9 +123,10 @@ def main() -> int:
             for name in SIDES:
                 for what, values in measure(Path(folder), name, number).items():
                     found[name].setdefault(what, []).extend(values)
-    alone, overlap, waves, turns = (found[name] for name in SIDES)
+    alone, overlap, both, waves, turns = (found[name] for name in SIDES)
     sides = {
         "overlap": overlap["iteration"],
+        "overlap, both cores": both["iteration"],
         "waves": waves["iteration"],
         "collect alone": alone["collect"],
         "train alone": alone["train"],
@@ -133,10 +136,10 @@ def main() -> int:
     medians = {name: statistics.median(values) for name, values in sides.items()}
     shares = ", ".join(
         f"{name}: {role} {statistics.median(found[name][f'idle {role}']):.0%}"
-        for name in ("overlap", "waves", "turns")
+        for name in ("overlap", "both", "waves", "turns")
         for role in CORES
     )
-    fastest = min(("overlap", "waves", "turns, both cores"), key=medians.__getitem__)
+    fastest = min(("overlap", "overlap, both cores", "waves", "turns, both cores"), key=medians.__getitem__)
     return report(
         Comparison(
             key="overlap",

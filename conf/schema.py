@@ -408,7 +408,7 @@ class PipelineConfig:
 
     mode: str = knob(
         "sync",
-        "sync: one thing at a time, strictly on-policy, deterministic; semi_online: the same, but the learner is "
+        "sync: in turns, strictly on-policy, deterministic; semi_online: the same, but the learner is "
         "trained on the pairs of a wave while the next one is collected; async: while it is trained on an iteration's "
         "pairs, the next ones are collected",
         choices=("sync", "semi_online", "async"),

@@ -107,13 +107,15 @@ class Learner(Observable):
         """Optimizer steps done in the current call of `train`."""
         return self._steps_done
 
-    def begin_iteration(self, iteration: int, total_steps: int) -> int:
+    def begin_iteration(self, iteration: int, total_steps: int, version: int) -> int:
         """Moves the reference if it is one that moves, and starts the learning-rate schedule.
 
-        Changes nothing of an iteration under way. Returns how many of its batches are done.
+        Changes nothing of an iteration under way. Returns how many of its batches are done. `version` is the policy's
+        that the iteration begins with, from which staleness is counted.
         """
 
         def begin() -> int:
+            self._trainer.version = version
             if iteration != self._trainer.iteration:
                 self._results.clear()
             return self._trainer.begin_iteration(iteration, total_steps)
@@ -148,7 +150,8 @@ class Learner(Observable):
         self._results = {number: result for number, result in self._results.items() if number >= acknowledged}
         done: list[int] = []
         while self._trainer.batches_done < end:
-            leases = queue.lease(timeout_s=self._step_deadline_s, duration_s=self._step_deadline_s, done=done)
+            duration_s = self._step_deadline_s * queue.at_once
+            leases = queue.lease(timeout_s=self._step_deadline_s, duration_s=duration_s, done=done)
             if not leases:
                 raise DeadlineError(f"learner: no batch in the queue within {self._step_deadline_s:g} s")
             done = []  # one whose lease ran out meanwhile comes again, and is dropped then
@@ -302,6 +305,7 @@ class Learner(Observable):
         """
 
         def restore() -> int:
+            self._saver.wait()
             self._probe = None
             self._trainer.load(folder)
             self._trainer.version = version

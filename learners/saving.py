@@ -36,8 +36,13 @@ class Saver:
         Raises:
             DeadlineError: the write before has not ended in time.
         """
-        self._ended(self._writes.values(), what=f"the writes before {folder}")
+        self.wait()
         self._writes[folder] = self._pool.submit(write_folder, folder, copied(), group=self._group)
+
+    def wait(self) -> None:
+        """Waits until nothing is being written. Raises DeadlineError: it takes too long."""
+        left = {folder: write for folder, write in self._writes.items() if not write.done()}
+        self._ended(left.values(), what=", ".join(left))
 
     def saved(self, folder: str) -> str:
         """Waits until a checkpoint is durable, and returns the digest of its manifest.

@@ -9,7 +9,7 @@ trained on the pairs of a wave while the next wave is collected. Its weights go 
 
 Iteration n is collected once the weights of iteration n - 1 - `max_staleness` are published and tried, so that weights
 which sample a pair are at most so many updates behind the learner's. With 0 that is while the learner's last checkpoint
-is written: nothing else runs beside it.
+is written.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class Gathering:
         self.cursor = cursor
         self._parts = parts
         self._reference = reference
+        self._given: list[list[PreferencePair]] = []
         self.harvest = Harvest()
         """Of what has come."""
         self.stage = Stage(name="collect")
@@ -69,7 +70,8 @@ class Gathering:
         """How long the pairs were waited for."""
 
     def __iter__(self) -> Iterator[list[PreferencePair]]:
-        """Pairs that have not come before. Raises AgonError: an actor or judge failed."""
+        """All pairs, in the same parts each time; waits for them. Raises AgonError: an actor or judge failed."""
+        yield from self._given
         while True:
             start = time.monotonic()
             part = next(self._parts, None)
@@ -78,7 +80,8 @@ class Gathering:
                 return
             self.harvest += part.harvest
             self.stage = part.stage
-            yield [replace(pair, reference=self._reference) for pair in part.harvest.pairs]
+            self._given.append([replace(pair, reference=self._reference) for pair in part.harvest.pairs])
+            yield self._given[-1]
 
     def metrics(self) -> dict[str, float]:
         """Of rollouts, judge and pairs, and of the time it took, once all have come."""
@@ -211,9 +214,10 @@ class Ahead:
 
     def _placed(self, waves: Sequence[Wave]) -> list[Wave]:
         """Waves of the iteration that was gone on to last, with what may sample them and their reference."""
-        versions, reference = self._promoted.latest, self._promoted.reference
-        policies = [one for one in dict.fromkeys(versions) if one.number >= versions[-1].number - self._bound]
-        return [replace(wave, policies=policies, reference=reference) for wave in waves]
+        promoted = self._promoted  # which another thread may set anew
+        current = promoted.latest[-1].number
+        policies = [one for one in dict.fromkeys(promoted.latest) if one.number >= current - self._bound]
+        return [replace(wave, policies=policies, reference=promoted.reference) for wave in waves]
 
     def _collect(self, waves: Sequence[Wave], *, quietly: bool = False) -> Collected:
         harvest = Harvest()

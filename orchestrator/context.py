@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from conf.judging import asks_policy
+from conf.pipeline import grows_old
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -82,8 +83,8 @@ class Context:
     emit: Emit
 
     def publish(self, number: int, iteration: int) -> PolicyVersion:
-        """`Publisher.publish`; between two waves where the policy's engines judge what they sample."""
-        with self.floor.taken() if asks_policy(self.config) else nullcontext():
+        """`Publisher.publish`; between two waves where the policy's engines judge what they sample, and in sync."""
+        with self.floor.taken() if asks_policy(self.config) or not grows_old(self.config) else nullcontext():
             return self.publisher.publish(number, iteration)
 
     @contextmanager

@@ -13,9 +13,9 @@
     controller   optimizer steps         the learner's last step          learner.step_deadline_s, each
     controller   proof of new weights    every generator's answer         cluster.publish_deadline_s
 
-`pipeline.mode=sync` is strictly on-policy: one thing happens at a time, so the same seed gives the same pairs and the
-same weights on one machine. With `async` the next groups are made while the learner is trained (`ahead.py`).
-`iteration.py` holds the stages.
+`pipeline.mode=sync` is strictly on-policy and takes turns, but for the last checkpoint, which is written while the next
+pairs are collected: the same seed gives the same pairs and the same weights on one machine. With `async` the next
+groups are made while the learner is trained (`ahead.py`). `iteration.py` holds the stages.
 """
 
 from __future__ import annotations

@@ -107,6 +107,10 @@ class WeightsLostError(LostObjectError):
     """Weights that an actor is to be given are nowhere any more: their learner died, and another has gone on."""
 
 
+class UnsettledError(WeightsLostError):
+    """The learner died before what it was trained on was on disk: whoever took its place is to be trained again."""
+
+
 class QueueClosedError(AgonError, RuntimeError):
     """The queue was closed; nothing more will come or be accepted."""
 

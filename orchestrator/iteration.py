@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from orchestrator import metrics
-from orchestrator.errors import FailureKind, TrainingError
+from orchestrator.errors import FailureKind, TrainingError, WeightsLostError
 from orchestrator.evaluation import anchor_figures, evaluate
 from orchestrator.events import Event, EventKind
 from orchestrator.metrics import ROLLED_BACK
@@ -58,22 +58,30 @@ class Iteration:
         self._policy = promoted.latest[-1]
         self._metrics: dict[str, float] = {ROLLED_BACK: 0.0}
         self._cursor = 0
+        self._is_noted = False
 
     def run(self) -> PolicyVersion:
         """Runs all stages, from where an earlier process broke off; returns the next data policy."""
         context = self._context
         gathering = self._collect()
-        moved = self._train(gathering)
-        while True:
-            version = self._try(moved=moved)
+        while (version := self._attempt(gathering)) is None:
+            pass  # the learner died before its weights were on disk, and those of whoever is trained again may differ
+        with context.stage("promote", self._number):
+            self._promote(version)
+        return version
+
+    def _attempt(self, gathering: Gathering) -> PolicyVersion | None:
+        """Trains, and returns the next data policy once it is on disk; None where it was lost before."""
+        context = self._context
+        try:
+            version = self._try(moved=self._train(gathering))
             self._ahead.go_on(self._number + 1, self._promoted.after(version))
             with self._stage("settle"):
                 context.training.settle()
-            if not context.learning.has_moved:
-                break
-            # The learner died before its weights were on disk, and those of whoever trained again may differ.
-        with context.stage("promote", self._number):
-            self._promote(version)
+        except WeightsLostError:
+            if not context.learning.fell_back:
+                raise
+            return None
         return version
 
     def _try(self, *, moved: bool) -> PolicyVersion:
@@ -105,6 +113,7 @@ class Iteration:
     def _train(self, gathering: Gathering) -> bool:
         """Whether new weights came of it."""
         context = self._context
+        context.learning.version = self._policy.number
         with self._stage("train") as stage:
             try:
                 results = context.training.run(self._number, iter(gathering))
@@ -122,7 +131,9 @@ class Iteration:
 
     def _note(self, gathering: Gathering) -> None:
         self._metrics |= gathering.metrics()
-        self._context.tracker.pairs(gathering.harvest.pairs)
+        if not self._is_noted:
+            self._context.tracker.pairs(gathering.harvest.pairs)
+            self._is_noted = True
 
     def _publish(self) -> PolicyVersion:
         """The learner's weights, as the next version."""
@@ -132,8 +143,7 @@ class Iteration:
     def _roll_back(self, why: str) -> PolicyVersion:
         """Learner and generators go back to the last promoted policy; what was trained is in no weights any more."""
         self._metrics[ROLLED_BACK] = 1.0
-        self._context.training.forget()
-        self._context.learning.give_up(self._number)
+        self._context.training.give_up(self._number)
         self._context.emit(
             Event(
                 kind=EventKind.ROLLED_BACK,

@@ -1,8 +1,10 @@
-"""The learner as the loop sees it: it holds what the ledger says, whoever dies.
+"""The learner as the loop sees it: it holds what the ledger says, whoever dies, and what is on its way into the ledger.
 
 When the learner dies, another starts from the last checkpoint that counts, and what it was asked is asked again:
 batches that were trained on since are trained on again, and in the weights that are kept each is once
-(`orchestrator/training.py`). A queue that dies takes nothing with it: it is filled again.
+(`orchestrator/training.py`). One that dies after an iteration's training, and before its last checkpoint is on disk,
+takes published weights with it: whoever asks for it is told so until the iteration was trained again (`fell_back`). A
+queue that dies takes nothing with it: it is filled again.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from orchestrator.errors import (
     LostObjectError,
     ModelError,
     PoolError,
+    UnsettledError,
 )
 from orchestrator.events import Event, EventKind
 from orchestrator.queues import BatchQueue
@@ -81,8 +84,10 @@ class Learning:
         """Held by a thread while it has the learner to itself."""
         self.has_moved = False
         """Whether it has been trained since its weights were published last."""
-        self.redo: Callable[[], None] | None = None
-        """Does again what the learner did and no checkpoint that counts contains yet; None where there is nothing."""
+        self.is_ahead = False
+        """Whether what it was trained on is not on disk yet, although whoever trained it is done."""
+        self.fell_back = False
+        """Whether one that was ahead died, and nobody was trained again in its place yet."""
         self._is_restored = True
         """False of a learner that was started anew and does not hold the last checkpoint that counts yet."""
         self.tidy(partial=True)  # nobody writes yet
@@ -136,7 +141,7 @@ class Learning:
             self.has_moved = True
 
     def call(self, method: str, *arguments: Any, what: str) -> Any:
-        """Calls the learner as the last checkpoint that counts has it; one that dies meanwhile is replaced and asked.
+        """Calls the learner; one that dies meanwhile is replaced, and whoever took its place is asked.
 
         Raises:
             DeadlineError: no answer within `learner.step_deadline_s`.
@@ -144,15 +149,28 @@ class Learning:
         """
         return self.surviving(lambda: self.ask(method, *arguments, what=what))
 
-    def surviving(self, action: Callable[[], Result]) -> Result:
+    def surviving(self, action: Callable[[], Result], *, anew: bool = False) -> Result:
         """Runs `action`, which needs the learner, again after each death of it, for as long as the budget lasts.
 
         No other thread has the learner meanwhile.
+
+        Args:
+            action: what is done.
+            anew: whether it begins with what counts: it trains again what was lost, or gives it up.
+
+        Raises:
+            PoolError: the restart budget is used up.
+            UnsettledError: the learner that is meant died before what it was trained on counted.
         """
         with self.alone:
+            self.fell_back = self.fell_back and not anew
             while True:
+                if self.fell_back:
+                    raise UnsettledError("the learner died before what it was trained on was on disk")
                 try:
                     return action()
+                except UnsettledError:
+                    raise
                 except (ActorLostError, LostObjectError) as error:
                     self._replace(error)
 
@@ -228,8 +246,9 @@ class Learning:
         with self._ledger.transaction():
             self._accounts.give_up(iteration)
         self._renew_queue()
-        self.surviving(self._go_back)
-        self.tidy()
+        self.is_ahead = False
+        self.surviving(self._go_back, anew=True)
+        self.tidy(partial=True)  # who goes back has ended what it wrote
 
     def _replace(self, error: ActorLostError | LostObjectError) -> None:
         """Has a learner and a queue in place of what died; a new learner has the last checkpoint that counts."""
@@ -242,18 +261,18 @@ class Learning:
                 ) from error
             self._restarts_left -= 1
             self._tell(EventKind.LOST, f"{error} ({self._restarts_left} restarts of the learner left)")
+            lives = self._is_restored and self._lives()
+            if not lives and self.is_ahead:
+                self.is_ahead, self.fell_back, self.has_moved = False, True, True
             try:
                 self._renew_queue()
-                if self._is_restored and self._lives():
+                if lives:
                     came_from = "where it was, with a new queue"
                 else:
                     self._begin_anew()
                     came_from = self._go_back(fresh=True)
-                    if self.redo is not None:
-                        self.move()
-                        self.redo()
                 break
-            except (ActorLostError, LostObjectError) as again:
+            except ActorLostError as again:
                 error = again
         seconds = time.monotonic() - started
         self._tell(EventKind.REPLACED, f"learner: goes on from {came_from} after {seconds:.1f} s")

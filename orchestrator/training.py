@@ -5,8 +5,7 @@
 
 A segment is the unit that is acknowledged or done again: its checkpoint and its batches count from one transaction on.
 A checkpoint is written while the next segment is trained on; that of the last one, while the weights are published and
-tried and the next pairs are collected. Whoever takes the place of a learner that dies before it is on disk, trains on
-that segment again.
+tried and the next pairs are collected (`settle`).
 """
 
 from __future__ import annotations
@@ -81,6 +80,8 @@ class Training:
         self._emit = emit
         self._written: tuple[CheckpointRecord, list[UpdateResult]] | None = None
         """What is being written, and what its batches did."""
+        self._logged = (0, 0)
+        """An iteration, and how many of its batches the tracker was told of."""
         # Those that queue and learner may still have. Where the owner of an object lets go of it before others that got
         # it one from another, Ray keeps a little memory of it for ever.
         self._handed_out: deque[Any] = deque(maxlen=2 * config.pipeline.queue_capacity + 2)
@@ -109,13 +110,11 @@ class Training:
         self._log(iteration, self._accounts.results(iteration))
         if plan.batches or plan.more():
             self._learning.move()
-            train = partial(self._train, iteration, plan)
             try:
-                self._learning.surviving(train)
+                self._learning.surviving(lambda: self._train(iteration, plan), anew=True)
             except TrainingError:
                 plan.complete()  # all its pairs are accounted for: in batches that are rolled back
                 raise
-            self._learning.redo = train
         return [*self._accounts.results(iteration), *(self._written[1] if self._written else ())]
 
     def settle(self) -> None:
@@ -124,21 +123,22 @@ class Training:
         Raises:
             DeadlineError: the disk takes too long.
             PoolError: the learner died more often than `learner.restarts` allows.
+            UnsettledError: it died: the iteration is to be trained again.
         """
-        self._learning.surviving(self._finish)
+        self._learning.surviving(self._settle)
 
-    def forget(self) -> None:
-        """What was trained last is given up, whether it comes to the disk or not."""
-        self._written = self._learning.redo = None
-
-    def _finish(self) -> None:
-        self._settle()
-        self._learning.redo = None
+    def give_up(self, iteration: int) -> None:
+        """What an iteration was trained on is in no weights any more."""
+        if self._written:
+            self._log(iteration, self._written[1])
+            self._written = None
+        self._learning.give_up(iteration)
 
     def _settle(self) -> None:
         if self._written:
             self._acknowledge(*self._written)
             self._written = None
+        self._learning.is_ahead = False
 
     def _note_plan(self, iteration: int, batches: Sequence[Sequence[PreferencePair]]) -> None:
         with self._ledger.transaction():
@@ -149,7 +149,8 @@ class Training:
         batches, every = plan.batches, self._config.learner.checkpoint_steps
         total = len(batches) if plan.is_complete else 0
         self._written = None  # of a learner that died meanwhile
-        done = self._learning.ask("begin_iteration", iteration, total, what="begin the iteration")
+        version = self._learning.version
+        done = self._learning.ask("begin_iteration", iteration, total, version, what="begin the iteration")
         start = len(self._accounts.results(iteration))
         while plan.reaches(start):
             # A learner that outlived its queue may be ahead, and what is saved is where it is.
@@ -159,6 +160,7 @@ class Training:
             is_last = plan.is_complete and end == len(batches)
             self._written = (self._save(iteration, end, results, is_last=is_last), results)
             start = end
+        self._learning.is_ahead = self._written is not None
 
     def _segment(self, iteration: int, batches: list[list[PreferencePair]], start: int, end: int) -> list[UpdateResult]:
         self._ledger.forget_measurements(iteration)  # of other weights
@@ -212,9 +214,12 @@ class Training:
 
     def _are_taken(self, references: list[Any], offer: Any, training: Any, show: Callable[[], None]) -> bool:
         """Waits until the queue has all batches of an offer; False where the learner stopped meanwhile."""
-        deadline_s = self._config.learner.step_deadline_s
+        # Room comes when as many are done as are leased at once.
+        deadline_s = self._config.learner.step_deadline_s * self._learning.queue.at_once
         give_up_at = time.monotonic() + deadline_s
-        while references := references[self._learning.queue.taken(offer, timeout_s=_PUT_SLICE_S) :]:
+        while left := references[self._learning.queue.taken(offer, timeout_s=_PUT_SLICE_S) :]:
+            if len(left) < len(references):
+                references, give_up_at = left, time.monotonic() + deadline_s
             show()
             if ray.wait([training], timeout=0)[0]:
                 return False
@@ -249,7 +254,10 @@ class Training:
         self._learning.tidy()
 
     def _log(self, iteration: int, results: Sequence[UpdateResult]) -> None:
-        for result in results:
+        if iteration != self._logged[0]:
+            self._logged = (iteration, 0)
+        for result in results[max(0, self._logged[1] - results[0].batch) if results else 0 :]:
+            self._logged = (iteration, result.batch + 1)
             metrics = {f"step/{name}": value for name, value in result.metrics.items()}
             self._tracker.log(metrics, iteration=iteration, step=result.step)
 

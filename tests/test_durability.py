@@ -270,7 +270,7 @@ def learner(model_dir):
         seeds=(),
         seed=0,
     )
-    one.begin_iteration(1, 6)
+    one.begin_iteration(1, 6, 0)
     return one
 
 
@@ -291,16 +291,16 @@ def test_each_batch_counts_once_however_often_it_is_delivered(ray_cluster, learn
     assert len(learner.saved(str(tmp_path / "saved"))) == 16
     assert queue.size() == 0
     finished = bits(learner._trainer)
-    assert learner.begin_iteration(1, 6) == 6
+    assert learner.begin_iteration(1, 6, 7) == 6
 
     assert learner.load(str(tmp_path / "saved"), version=7) == 3
-    assert learner.begin_iteration(1, 6) == 3
+    assert learner.begin_iteration(1, 6, 7) == 3
     assert learner._trainer.version == 7
     put(queue, made)
     assert [result.batch for result in learner.train(queue, 3, 6, acknowledged=3)] == [3, 4, 5]
     assert_same(bits(learner._trainer), finished, but=("version",))
 
-    learner.begin_iteration(2, 6)
+    learner.begin_iteration(2, 6, 7)
     put(queue, [made[5], make_batches(2)[0]])
     assert [result.batch for result in learner.train(queue, 0, 1, acknowledged=0)] == [0], "of the iteration before"
     put(queue, [make_batches(2)[2]])
@@ -364,13 +364,15 @@ def test_a_queue_that_dies_leaves_a_learner_that_goes_on(ray_cluster, learner, m
     monkeypatch.setattr(learner._trainer, "annotate", kill_then_annotate)
     with pytest.raises(ActorLostError):
         learner.train(queue, 0, 6, acknowledged=0)
-    assert learner.begin_iteration(1, 6) == 3, "the one that could not be acknowledged was consumed"
+    assert learner.begin_iteration(1, 6, 7) == 3, "the one that could not be acknowledged was consumed"
     put(other, made[2:])
     assert [result.batch for result in learner.train(other, 0, 6, acknowledged=0)] == [0, 1, 2, 3, 4, 5], "none is lost"
 
 
 def test_a_queue_without_batches_is_named(learner):
     class Empty:
+        at_once = 1
+
         def lease(self, *, timeout_s, duration_s, done):
             return None
 
@@ -391,7 +393,7 @@ def test_one_thread_computes_whoever_asks(learner, tmp_path, monkeypatch):
         monkeypatch.setattr(learner._trainer, name, noting)
 
     def ask():
-        learner.begin_iteration(1, 6)
+        learner.begin_iteration(1, 6, 7)
         learner._alone(learner._score_probe)
         learner.save(str(tmp_path / f"saved-{threading.get_ident()}"))
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -10,11 +11,20 @@ import ray
 from conf.compose import compose
 from learners.manifest import FileRecord, manifest_digest, write_manifest
 from orchestrator.accounts import Accounts, CheckpointRecord
-from orchestrator.errors import ActorLostError, ActorStartError, DeadlineError, ModelError, PoolError
+from orchestrator.errors import (
+    ActorLostError,
+    ActorStartError,
+    DeadlineError,
+    ModelError,
+    PoolError,
+    UnsettledError,
+)
 from orchestrator.events import EventKind
 from orchestrator.learning import Learning
 from orchestrator.ledger import Ledger
+from orchestrator.queues import LeaseBuffer, at_once
 from orchestrator.stacks import Observable
+from orchestrator.training import Training
 
 
 class FakeLearner(Observable):
@@ -211,3 +221,70 @@ def test_what_is_given_up_is_in_nobody_s_hands(parts):
     assert not second.exists()
     learning.give_up(1)
     assert learning.call("held", what="what it holds") == "initial"
+
+
+def test_one_that_dies_before_it_is_on_disk_is_missed_by_everybody_until_it_is_trained_again(parts):
+    """Whoever took its place does not hold what was published, and is asked for nothing meanwhile."""
+    learning, accounts, events = parts
+    checkpoint(learning, accounts, "first", 1)
+    learning.is_ahead = True
+    die(learning)
+    with pytest.raises(UnsettledError):
+        learning.call("held", what="what it holds")
+    assert events[-1].kind is EventKind.REPLACED
+    assert learning.has_moved, "nobody is given its weights under the name of the lost ones"
+    with pytest.raises(UnsettledError):
+        learning.call("held", what="what it holds")
+    assert learning.surviving(lambda: learning.ask("held", what="what it holds"), anew=True) == "first"
+    assert learning.call("held", what="what it holds") == "first"
+
+
+def test_one_that_is_given_up_before_it_is_on_disk_is_nobody_s_loss(parts):
+    learning, accounts, _ = parts
+    checkpoint(learning, accounts, "first", 1)
+    learning.is_ahead = True
+    die(learning)
+    learning.give_up(2)
+    assert learning.call("held", what="what it holds") == "first"
+
+
+@pytest.mark.parametrize("step_s", [1.0, 2.6, 9.0])
+def test_steps_that_keep_their_deadline_do_not_end_the_feeding(monkeypatch, step_s):
+    """The real buffer, and a learner that leases as many as it may and acknowledges them with the next lease."""
+    config = compose(["learner.step_deadline_s=10"])
+    buffer, most = LeaseBuffer(config.pipeline.queue_capacity), at_once(config.pipeline.queue_capacity)
+    clock, learner = SimpleNamespace(now=0.0), SimpleNamespace(leases=[], free_at=0.0)
+
+    def learn():
+        while learner.free_at <= clock.now:
+            for lease in learner.leases:
+                buffer.acknowledge(lease.id)
+            leases = (buffer.lease(now=clock.now, duration=1e9) for _ in range(most))
+            learner.leases = [lease for lease in leases if lease is not None]
+            learner.free_at += step_s * len(learner.leases) or 0.01
+
+    def taken(offer, timeout_s):
+        count, end = 0, clock.now + timeout_s
+        while offer and clock.now < end:
+            learn()
+            if buffer.put(offer[0]):
+                offer.pop(0)
+                count += 1
+            else:
+                clock.now += 0.1
+        return count
+
+    queue = SimpleNamespace(at_once=most, taken=taken, offer=lambda refs, timeout_s: list(refs))
+    accounts = SimpleNamespace(issue_batch=lambda *_: None)
+    parts = dict.fromkeys(("run_dir", "ledger", "store", "tracker", "emit"))
+    training = Training(config=config, learning=SimpleNamespace(queue=queue), accounts=accounts, **parts)
+    monkeypatch.setattr("orchestrator.training.batching.pack", lambda *_, **__: "packed")
+    monkeypatch.setattr("orchestrator.training.ray.put", lambda one: one)
+    monkeypatch.setattr("orchestrator.training.ray.wait", lambda refs, timeout: ([], refs))
+    monkeypatch.setattr("orchestrator.training.time.monotonic", lambda: clock.now)
+    monkeypatch.setattr(training, "_show", lambda *_: None)
+    training._feed(1, [[]] * 40, 0, 40, None)
+    assert len(buffer) <= buffer.capacity
+    learner.free_at = float("inf")
+    with pytest.raises(DeadlineError, match="took no batch from the queue within 40 s"):
+        training._feed(1, [[]] * 40, 0, 40, None)

@@ -14,8 +14,9 @@ from launch.audit import audit
 from launch.run import run
 from learners import checkpoint
 from learners.learner import Learner
+from orchestrator.accounts import Accounts
 from orchestrator.ledger import LedgerReader
-from orchestrator.metrics import ROLLED_BACK
+from orchestrator.metrics import ROLLED_BACK, update_metrics
 from orchestrator.store import Store, read_pairs, read_rollouts
 from orchestrator.training import Training
 from tests.runs import REFERENCE, do_run
@@ -174,18 +175,31 @@ def test_waves_of_an_iteration_that_is_given_up_while_they_are_collected_are_all
 
 
 def test_weights_that_were_published_and_lost_are_in_nothing_that_counts(tmp_path, monkeypatch):
-    """The learner dies before they are on disk, and others come of its pairs."""
+    """The learner dies before they are on disk, its queue as it is trained again, and others come of its pairs."""
+    mark, ended, feed = tmp_path / "mark", [], Training._feed
     monkeypatch.setattr("launch.placement.Learner", DriftingLearner)
-    monkeypatch.setenv("AGON_TEST_MARK", str(tmp_path / "mark"))
+    monkeypatch.setenv("AGON_TEST_MARK", str(mark))
+
+    def feed_without_queue(self, *arguments):
+        if mark.exists() and not ended:
+            ended.append(self._learning.queue.end())
+        return feed(self, *arguments)
+
+    monkeypatch.setattr(Training, "_feed", feed_without_queue)
     run_dir = tmp_path / "run"
     assert do_run(tmp_path, run_dir, **REFERENCE) == 0
-    assert [event["actor"] for event in events(run_dir, "replaced")] == ["learner"]
+    assert [event["actor"] for event in events(run_dir, "replaced")] == ["learner", "learner"]
+    assert ended
     done = finished(run_dir)
     for each in done:
         for kind in ("greedy", "sampled"):
             answers = read_rollouts(Store(run_dir).evaluation_path(each.iteration, kind))
             policies = {one.policy for group in answers for one in group.group.completions}
             assert policies == {each.version}, "what was measured is what counts"
+    with LedgerReader(run_dir) as ledger:
+        results = Accounts(ledger).results(2)
+    assert {result.metrics["staleness_max"] for result in results} == {0.0}
+    assert done[2].metrics.items() >= update_metrics(results).items()
     assert done[3].metrics["pairs/evicted"] > 0, "the next pairs were collected while the checkpoint was written"
     assert_on_policy(run_dir)
     monkeypatch.undo()
