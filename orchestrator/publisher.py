@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.errors import LostObjectError, WeightsLostError
+from orchestrator.errors import LostObjectError, UnsettledError, WeightsLostError
 from orchestrator.remote import fetch
 
 if TYPE_CHECKING:
@@ -50,9 +50,15 @@ class Publisher:
         Raises:
             PublicationError: one does not.
             DeadlineError: one did not answer.
+            UnsettledError: the learner died that held them.
         """
         with self._roles.generators.still:
-            version = self._roles.learner.surviving(lambda: self._publish(number))
+            before = self._current
+            try:
+                version = self._roles.learner.surviving(lambda: self._publish(number))
+            except UnsettledError:
+                self._current = before  # whoever is started now has to wait for the next ones
+                raise
             self._roles.learner.now_at(number)
         self._accounts.publish(version, iteration)
         return version

@@ -7,7 +7,7 @@ from threading import Event, RLock, Thread, Timer
 import pytest
 import ray
 
-from orchestrator.errors import ActorLostError, WeightsLostError
+from orchestrator.errors import ActorLostError, UnsettledError, WeightsLostError
 from orchestrator.publisher import Publisher
 from orchestrator.rollouts import Roles
 from orchestrator.shared_memory import SharedSlots
@@ -93,6 +93,22 @@ def test_memory_is_shared_where_it_can_be_read(ray_cluster):
     for number in (1, 2):
         assert publisher.publish(number, number).number == number
     assert ray.get(learner.asked_for.remote()) == [["node"]] * 2
+
+
+def test_weights_that_die_with_their_learner_as_they_are_published_leave_the_ones_before(ray_cluster, monkeypatch):
+    """So that a generator which is started before the next ones waits for them, and does not answer without any."""
+    publisher, _ = make(hidden=False)
+    before = publisher.publish(1, 1)
+
+    def die(action):
+        action()
+        raise UnsettledError("the learner died")
+
+    monkeypatch.setattr(publisher._roles.learner, "surviving", die)
+    with pytest.raises(UnsettledError):
+        publisher.publish(2, 2)
+    assert publisher.is_published
+    assert publisher.version == before
 
 
 def test_what_cannot_be_read_goes_another_way_from_then_on(ray_cluster):
