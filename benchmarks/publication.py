@@ -16,9 +16,9 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -33,6 +33,9 @@ from launch.placement import KEEPS_MEMORY, start_learner, start_ray
 from launch.wiring import PROBE_TOKENS
 from orchestrator.types import PolicyVersion
 from orchestrator.weights import copy_and_sum_up
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 Bytes = NDArray[np.uint8]
 WAIT_S = 600.0
@@ -55,9 +58,9 @@ def start_actors(model: Path) -> tuple[Any, Any]:
     return learner, generator
 
 
-def publish(learner: Any, generator: Any, node: str) -> None:
+def publish(learner: Any, generator: Any, node: str, numbers: Iterator[int]) -> None:
     """What `Publisher.publish` waits for."""
-    publication = ray.get(learner.publish.remote(1, [generator], [node], WAIT_S), timeout=WAIT_S)
+    publication = ray.get(learner.publish.remote(next(numbers), [generator], [node], WAIT_S), timeout=WAIT_S)
     ray.get(generator.update_weights.remote(publication, WAIT_S), timeout=WAIT_S)
 
 
@@ -85,7 +88,7 @@ def main() -> int:
         source, target = (np.full(size, value, np.uint8) for value in range(2))
         taken = in_turn(
             {
-                "agon": partial(seconds, partial(publish, *actors, node)),
+                "agon": partial(seconds, partial(publish, *actors, node, count(1))),
                 "floor": partial(seconds, partial(copied_and_proved, source, target)),
                 "memcpy": partial(seconds, partial(np.copyto, target, source)),
             },
