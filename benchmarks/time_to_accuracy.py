@@ -26,7 +26,7 @@ import torch
 from transformers import AutoTokenizer
 
 from actors.transformers_engine import TransformersEngine
-from benchmarks.report import Comparison, report
+from benchmarks.report import Comparison, of_medians, report
 from conf.schema import ModelConfig, TinyConfig
 from launch.export import export
 from launch.initial_model import ensure_tiny_model
@@ -156,7 +156,7 @@ def main() -> int:
             title="Wall time to 70 % sampled accuracy, against TRL",
             unit="s",
             sides=found,
-            ratio=sum(found["TRL"]) / sum(found["agon"]),
+            ratio=of_medians(found["TRL"], found["agon"]),
             least=3.0,
             notes=f"{what} By seed: {each}.\n\nagon: `{' '.join(AGON)}`. TRL: `{TRL}`.",
         )
