@@ -254,12 +254,13 @@ class Training:
         self._learning.tidy()
 
     def _log(self, iteration: int, results: Sequence[UpdateResult]) -> None:
-        if iteration != self._logged[0]:
-            self._logged = (iteration, 0)
-        for result in results[max(0, self._logged[1] - results[0].batch) if results else 0 :]:
-            self._logged = (iteration, result.batch + 1)
+        """Tells the tracker of steps that it does not know yet."""
+        known = self._logged[1] if iteration == self._logged[0] else 0
+        for result in (one for one in results if one.batch >= known):
             metrics = {f"step/{name}": value for name, value in result.metrics.items()}
             self._tracker.log(metrics, iteration=iteration, step=result.step)
+            known = result.batch + 1
+        self._logged = (iteration, known)
 
     def _report(
         self, iteration: int, results: Sequence[UpdateResult], batches: Sequence[Sequence[PreferencePair]]
