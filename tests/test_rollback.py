@@ -200,6 +200,9 @@ def test_weights_that_were_published_and_lost_are_in_nothing_that_counts(tmp_pat
         results = Accounts(ledger).results(2)
     assert {result.metrics["staleness_max"] for result in results} == {0.0}
     assert done[2].metrics.items() >= update_metrics(results).items()
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "step/lr" in line]
+    assert steps == list(range(1, len(steps) + 1)), "each step that counts is told once"
     assert done[3].metrics["pairs/evicted"] > 0, "the next pairs were collected while the checkpoint was written"
     assert_on_policy(run_dir)
     monkeypatch.undo()
