@@ -92,7 +92,7 @@ def main() -> int:
                 "floor": partial(seconds, partial(copied_and_proved, source, target)),
                 "memcpy": partial(seconds, partial(np.copyto, target, source)),
             },
-            repetitions=7,
+            repetitions=15,
         )
         ray.shutdown()
     return report(
