@@ -42,13 +42,13 @@ TARGET, PROBLEMS, SAMPLES, MAX_TOKENS = 0.70, 1024, 2, 48
 LIMIT_S = 600.0
 AGON = [
     *("evaluation.scorer=none", "tracking=disabled", "tracking.console=quiet", "pipeline.keep_checkpoints=1000"),
-    *("pipeline.iterations=16", "pipeline.prompts_per_iteration=64", "generator.samples_per_prompt=4"),
+    *("pipeline.iterations=32", "pipeline.prompts_per_iteration=64", "generator.samples_per_prompt=4"),
     *("pairing.max_pairs=2", "loss.beta=0.001", "loss.sft_weight=1.0"),
     *("learner.lr=1.5e-4", "learner.batch_pairs=8", "learner.warmup_steps=0", "learner.num_threads=1"),
     *("generator=transformers", "generator.num_actors=1", "cluster.num_cpus=3"),
 ]
 """The best settings found, as for TRL."""
-TRL = {"prompts": 32, "lr": 1e-4, "beta": 0.3, "steps": 200, "save_every": 5, "threads": 2, "max_tokens": MAX_TOKENS}
+TRL = {"prompts": 32, "lr": 1e-4, "beta": 0.3, "steps": 400, "save_every": 5, "threads": 2, "max_tokens": MAX_TOKENS}
 """Where `--peer` says nothing else."""
 
 
