@@ -2,7 +2,7 @@
 #   make demo    watch a tiny model improve by self-play (SEED=0)
 #   make test    all tests with coverage
 #   make lint    ruff and mypy
-#   make chaos   every role dies at every point of a run, three times each
+#   make chaos   every role dies at every point of a run, three times each, in sync and in async
 #   make fuzz    a million damaged inputs against everything that reads files, configurations and verdicts
 #   make bench   benchmarks: ratios of two things measured in one run
 #   make lock    resolve requirements/*.txt anew
@@ -50,6 +50,7 @@ format: $(READY)
 
 chaos: $(READY)
 	$(BIN)/python -m tests.chaos
+	$(BIN)/python -m tests.chaos --mode async
 
 fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz --inputs 1000000 --seed $(SEED)

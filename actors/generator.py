@@ -47,8 +47,10 @@ class Generator(Observable):
         self._loop = EngineLoop(engine, on_failure=_die, spans=self.spans)
         self._loop.hold(fixed_version)
         self._views = SharedViews()
+        self._first: str | None = None
+        """Digest of the first weights that were proved: mostly those of its folder, which it had before."""
         self._tried = False
-        """Whether the engine's forward pass was seen to agree with the learner's."""
+        """Whether its forward pass was seen to agree with the learner's after its weights had changed."""
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
         """Completes `requests`, in their order, as one wave."""
@@ -91,7 +93,8 @@ class Generator(Observable):
             version = None
             try:
                 version = install(engine, publication, buckets, holder=self.name, tried=self._tried)
-                self._tried = True
+                self._first = self._first or version.digest
+                self._tried = self._tried or version.digest != self._first
                 return version
             finally:
                 self._loop.hold(version)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,7 +81,12 @@ def take(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], find: Find
     # Found anew: what was borrowed lies elsewhere now.
     others = [name for name, held in places.items() if held is not None and held.whole not in adopted]
     written = [(held.values, tensors[name]) for name in others if (held := find(name)) is not None]
-    on_all_cores(lambda pair: _write(*pair), written, lambda pair: pair[0].nbytes)
+    alike = [pair for pair in written if _lies_alike(*pair)]
+    # By the C library, which copies large blocks past the cache; torch does not.
+    on_all_cores(lambda pair: np.copyto(bytes_of(pair[0]), bytes_of(pair[1])), alike, lambda pair: pair[0].nbytes)
+    for values, tensor in written:
+        if not _lies_alike(values, tensor):
+            values.copy_(tensor)  # on threads of this one's own: each that calls it would get such, and keep them
     return [name for name, held in places.items() if held is None]
 
 
@@ -114,14 +120,6 @@ def _adjoin(tensors: Sequence[torch.Tensor], num_bytes: int) -> bool:
     return end - tensors[0].data_ptr() == num_bytes
 
 
-def _write(held: torch.Tensor, published: torch.Tensor) -> None:
-    """Where bytes need not change by the C library, which copies large blocks past the cache; torch does not."""
-    if _lies_alike(held, published):
-        np.copyto(bytes_of(held), bytes_of(published))
-    else:
-        held.copy_(published)
-
-
 def outdated(worker: Any, records: Sequence[TensorRecord]) -> list[str]:
     """Names of readable tensors that have another checksum than their record."""
     return outdated_among(records, _finder(worker.model_runner.get_model()))
@@ -148,6 +146,7 @@ def _is_like(held: Held | None, record: TensorRecord) -> bool:
     return held is not None and str(held.values.dtype) == f"torch.{record.dtype}"
 
 
+@lru_cache(maxsize=1)  # a worker has one model, whose layers stay
 def _finder(model: Any) -> Find:
     """Knows vLLM's own way to hold what a checkpoint has."""
     modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))

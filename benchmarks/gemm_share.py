@@ -3,8 +3,8 @@
     python -m benchmarks.gemm_share [--repetitions 5]
 
 The model, pairs and step of `learner_vs_trl`, against bare products of the same shapes, strides and number in the same
-process, with factors that are there already and results that are written over. Attention is no product here: its
-kernels count as anything else that a step does.
+process, with factors that are there already and results that are written over. Attention counts as far as
+it is made of products, which it is on CPUs (`learners/cpu_attention.py`); its softmax does not.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
     python -m benchmarks.growth
 
-The pool, its dispatcher, the staleness bound and the queue are the real code; generators and learner are simulated
-(`benchmarks/simulated.py`): completions of heavy-tailed lengths (log-normal, cut at 2,048 tokens), generators that die
-every 500 hours, a learner that grows with the generators. Each generator has 2 prompts x 4 completions in an iteration;
-a batch has 10 pairs. Collecting runs at most two iterations ahead, and takes about two thirds of the learner's time.
+The pool, its slots and dispatcher with over-issue, and the leases of the queue are the real code; generators and
+learner are simulated (`benchmarks/simulated.py`): completions of heavy-tailed lengths (log-normal, cut at 2,048
+tokens), generators that die every 100 hours, a learner that grows with the generators. Each generator has 2 prompts x 4
+completions in an iteration; a batch has 10 pairs. Collecting runs at most two iterations ahead, as `max_staleness=2`
+has it, and takes about two thirds of the learner's time.
 
     cost     processor time of the controller for each batch, Ray's own included: sampling and the queue, not judging
     busy     share of the time in which the learner is trained, from the second iteration on
@@ -60,7 +61,8 @@ class Outcome:
 
 def simulate(size: int, seed: int, speeds: Speeds) -> Outcome:
     """A run with `size` generators."""
-    world, config, console = World(speeds, seed), compose([]), make_console("lines", Console(file=io.StringIO()))
+    world, config = World(speeds, seed), compose(["pipeline.mode=async"])
+    console = make_console("lines", Console(file=io.StringIO()))
     learner = Learner(world, config.pipeline.queue_capacity)
     prompts = [Prompt(id=str(number), text="", token_ids=(1,)) for number in range(PROMPTS * size)]
     sampling = SamplingParams(temperature=1.0, max_tokens=speeds.max_tokens)

@@ -5,7 +5,8 @@
 `agon` is all that stands between the end of training and a generator that answers with the new weights: copy with
 checksums, adopt, read back, compare. `memcpy` copies the same bytes from one array to another, both touched before. The
 probe sequence, whose log-probs under the learner's weights a generator must reproduce, is scored by the learner as
-training ends and by a generator the first time it gets weights: neither is in the figures. `floor` is what is left
+training ends and by a generator the first two times it gets weights: neither is in the figures. Weights change between
+two publications. `floor` is what is left
 without processes and calls: the bytes copied once, to where both see them, and summed up twice (as they leave, and
 where they arrived), by two threads.
 """
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
+import torch
 import xxhash
 from numpy.typing import NDArray
 
@@ -36,6 +38,8 @@ from orchestrator.weights import copy_and_sum_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from learners.learner import Learner
 
 Bytes = NDArray[np.uint8]
 WAIT_S = 600.0
@@ -58,8 +62,23 @@ def start_actors(model: Path) -> tuple[Any, Any]:
     return learner, generator
 
 
+def train(learner: Learner) -> None:
+    """Changes all weights, and scores the probe, as a step of the learner does."""
+    with torch.no_grad():
+        for parameter in learner._trainer.policy.model.parameters():
+            parameter.mul_(1.0001)
+    learner._probe = None
+    learner._score_probe()
+
+
+def published(learner: Any, generator: Any, node: str, numbers: Iterator[int]) -> float:
+    """Seconds of what `Publisher.publish` waits for, with other weights each time."""
+    ray.get(learner.__ray_call__.remote(train), timeout=WAIT_S)
+    return seconds(partial(publish, learner, generator, node, numbers))
+
+
 def publish(learner: Any, generator: Any, node: str, numbers: Iterator[int]) -> None:
-    """What `Publisher.publish` waits for."""
+    """See `published`."""
     publication = ray.get(learner.publish.remote(next(numbers), [generator], [node], WAIT_S), timeout=WAIT_S)
     ray.get(generator.update_weights.remote(publication, WAIT_S), timeout=WAIT_S)
 
@@ -80,7 +99,7 @@ def copied_and_proved(source: Bytes, target: Bytes) -> None:
 def main() -> int:
     """Measures and keeps the ratio."""
     with tempfile.TemporaryDirectory() as folder:
-        model = make_llama(Path(folder) / "model", hidden=768, layers=10, heads=12)
+        model = make_llama(Path(folder) / "model", hidden=768, layers=11, heads=12)
         size = (model / "model.safetensors").stat().st_size
         start_ray(compose(["cluster.num_cpus=4", "cluster.object_store_mb=256"]))
         node = ray.get_runtime_context().get_node_id()
@@ -88,7 +107,7 @@ def main() -> int:
         source, target = (np.full(size, value, np.uint8) for value in range(2))
         taken = in_turn(
             {
-                "agon": partial(seconds, partial(publish, *actors, node, count(1))),
+                "agon": partial(published, *actors, node, count(1)),
                 "floor": partial(seconds, partial(copied_and_proved, source, target)),
                 "memcpy": partial(seconds, partial(np.copyto, target, source)),
             },

@@ -51,14 +51,15 @@ def build_context(
     learning = _learning(config, inputs, model_dir, ledger, accounts, emit)
     roles = start_roles(config, model_dir=str(model_dir), learner=learning, emit=emit)
     _warn_of_padding(learning, tracker)
-    publisher = Publisher(roles, accounts, config.cluster.publish_deadline_s)
-    quarantined = dict(accounts.quarantined())
+    cluster = config.cluster
+    publisher = Publisher(roles, accounts, cluster.publish_deadline_s, sends=cluster.weight_transport != "object_store")
+    quarantined, floor = dict(accounts.quarantined()), Floor()
     judges = Judges(config, roles, inputs, publisher, quarantined)
     judge, rollouts = judges.judge(), Rollouts(roles, config, tracker, quarantined=quarantined)
     collector: Collector = (
         TreeCollector(config, rollouts, judge, store, inputs.tokenizer, judges.evaluator(), quarantined=quarantined)
         if config.search.kind == "mcts"
-        else SampleCollector(config, rollouts, judge, store, archive, ledger, quarantined)
+        else SampleCollector(config, rollouts, judge, store, archive, ledger, floor, quarantined)
     )
     return Context(
         config=config,
@@ -77,7 +78,8 @@ def build_context(
         judge=judge,
         examiner=judges.examiner(judge),
         publisher=publisher,
-        floor=Floor(),
+        floor=floor,
+        bench=Floor(),
         learning=learning,
         training=Training(
             config=config,

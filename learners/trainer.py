@@ -100,6 +100,8 @@ class Trainer:
             if seeds and learner.replay_sequences
             else None
         )
+        self._is_as_saved = False
+        """Whether the model is known to hold its tensors as a checkpoint has them."""
         self.step = 0
         """Batches consumed in the run: optimizer steps taken and batches skipped."""
         self.version = 0
@@ -264,7 +266,13 @@ class Trainer:
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 state[name] = tensor.detach().to(self.policy.dtype) if tensor.is_floating_point() else tensor.detach()
-        published = revert_weight_conversion(self.policy.model, state)  # sorts them
+        if not self._is_as_saved:
+            published = revert_weight_conversion(self.policy.model, state)  # sorts them
+            self._is_as_saved = published.keys() == state.keys() and all(
+                published[name] is tensor for name, tensor in state.items()
+            )
+        else:
+            published = state
         order = (*(name for name in state if name in published), *(name for name in published if name not in state))
         return {name: published[name].contiguous() for name in order}
 

@@ -15,13 +15,14 @@ is written.
 from __future__ import annotations
 
 import time
-from concurrent.futures import Future, wait
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from threading import Condition, Event, Thread
 from typing import TYPE_CHECKING
 
-from conf.judging import needs_main_thread
+from conf.judging import asks_policy, needs_main_thread
 from conf.pipeline import max_staleness
 from orchestrator.context import Stage
 from orchestrator.errors import DataError, LostObjectError, PoolError, WeightsLostError
@@ -29,7 +30,7 @@ from orchestrator.waits import Unwanted, check_wanted, work_until
 from orchestrator.waves import Harvest, Wave
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Generator, Iterator, Sequence
 
     from orchestrator.context import Context
     from orchestrator.lineage import Lineage
@@ -111,6 +112,8 @@ class Ahead:
         self._context = context
         self._bound = max_staleness(context.config)
         self._streams = context.config.pipeline.mode == "semi_online"
+        self._draws = not asks_policy(context.config)
+        """Whether generators draw the next wave while one is judged."""
         self._waits = self._streams or needs_main_thread(context.config)
         """Whether nothing is collected before it is asked for."""
         self._changed = Condition()
@@ -222,14 +225,34 @@ class Ahead:
     def _collect(self, waves: Sequence[Wave], *, quietly: bool = False) -> Collected:
         harvest = Harvest()
         with self._context.stage("collect", waves[0].iteration, quietly=quietly) as stage:
-            for wave in waves:
-                harvest += self._collect_one(wave)
+            with closing(self._harvests(waves)) as harvests:
+                for part in harvests:
+                    harvest += part
             stage.tokens = harvest.tokens
         return Collected(harvest=harvest, stage=stage)
 
+    def _harvests(self, waves: Sequence[Wave]) -> Generator[Harvest]:
+        """Of each wave in turn; where judging needs no generators, they draw the next wave meanwhile."""
+        if not self._draws or len(waves) == 1:
+            yield from map(self._collect_one, waves)
+            return
+        over = Event()
+        with ThreadPoolExecutor(1, "draw", initializer=work_until, initargs=(over,)) as drawer:
+            try:
+                drawing = drawer.submit(self._context.waves.draw, waves[0])
+                for wave, following in zip_longest(waves, waves[1:]):
+                    tokens = _wanted(drawing)
+                    if following is not None:
+                        drawing = drawer.submit(self._context.waves.draw, following)
+                    found = self._collect_one(wave)
+                    yield replace(found, tokens=found.tokens + tokens)
+            finally:
+                over.set()
+
     def _collect_one(self, wave: Wave) -> Harvest:
-        with self._context.floor.taken():
-            return self._context.waves.collect(wave)
+        context = self._context
+        with context.bench.taken() if self._draws else context.alone():
+            return context.waves.collect(wave)
 
     def _stream(self, waves: Sequence[Wave]) -> Iterator[Collected]:
         """Wave by wave: the next ones are collected while whoever iterates does something else."""
@@ -242,14 +265,15 @@ class Ahead:
     def _run_stream(self, waves: Sequence[Wave], outcomes: Sequence[Future[Collected]]) -> None:
         work_until(self._unwanted)
         try:
-            with self._context.stage("collect", waves[0].iteration, quietly=True) as stage:
-                for wave, outcome in zip(waves[:-1], outcomes, strict=False):
-                    harvest = self._collect_one(wave)
+            with (
+                self._context.stage("collect", waves[0].iteration, quietly=True) as stage,
+                closing(self._harvests(waves)) as harvests,
+            ):
+                for harvest, outcome in zip(harvests, outcomes, strict=True):
                     stage.tokens += harvest.tokens
-                    outcome.set_result(Collected(harvest=harvest, stage=stage))
-                harvest = self._collect_one(waves[-1])
-                stage.tokens += harvest.tokens
-            outcomes[-1].set_result(Collected(harvest=harvest, stage=stage))
+                    if outcome is not outcomes[-1]:
+                        outcome.set_result(Collected(harvest=harvest, stage=stage))
+            outcomes[-1].set_result(Collected(harvest=harvest, stage=stage))  # behind the stage, which has an end now
         except BaseException as error:  # noqa: BLE001 - raised where the pairs are asked for
             if isinstance(error, LostObjectError):  # nobody is to take it for a death of the learner
                 error = PoolError(
@@ -282,6 +306,13 @@ class Ahead:
             while self._finished < number:
                 self._changed.wait(_TICK_S)
                 check_wanted()
+
+
+def _wanted(drawing: Future[int]) -> int:
+    while not drawing.done():
+        wait([drawing], timeout=_TICK_S)
+        check_wanted()
+    return drawing.result()
 
 
 def _result(outcome: Future[Collected]) -> Collected:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from conf.schema import Config
     from orchestrator.archive import Archive
+    from orchestrator.floor import Floor
     from orchestrator.judging import Judge
     from orchestrator.ledger import Ledger
     from orchestrator.rollouts import Rollouts
@@ -56,6 +57,9 @@ class Collected:
 class Collector(Protocol):
     """Asks the policy, has its answers judged, and says which is preferred to which."""
 
+    def draw(self, wave: Wave) -> int:
+        """Samples what can be before anything is judged; returns how many tokens. Raises AgonError: an actor failed."""
+
     def collect(self, wave: Wave) -> Collected:
         """The pairs of a wave of prompts. Raises AgonError: an actor or judge failed."""
 
@@ -70,6 +74,7 @@ class SampleCollector:
         store: where they are kept.
         archive: says which samples and scores an earlier attempt at a wave left.
         ledger: whose transaction makes samples count.
+        floor: had while the generators are asked.
         quarantined: prompts that were set aside, and why; grows as more are.
     """
 
@@ -81,6 +86,7 @@ class SampleCollector:
         store: Store,
         archive: Archive,
         ledger: Ledger,
+        floor: Floor,
         quarantined: Mapping[str, str],
     ) -> None:
         self._config = config
@@ -89,13 +95,18 @@ class SampleCollector:
         self._store = store
         self._archive = archive
         self._ledger = ledger
+        self._floor = floor
         self._quarantined = quarantined
+
+    def draw(self, wave: Wave) -> int:
+        """See `Collector.draw`. They are kept on disk, where `collect` finds them."""
+        return 0 if self._scored(wave) else self._samples(wave)[1]
 
     def collect(self, wave: Wave) -> Collected:
         """See `Collector.collect`."""
         path = self._store.path("rollouts", wave.iteration, wave.number)
-        scored, tokens = read_rollouts(path) if self._archive.intact(path) else [], 0
-        if not _were_drawn([one.group for one in scored], wave):
+        scored, tokens = self._scored(wave), 0
+        if not scored:
             groups, tokens = self._samples(wave)
             scored = self._judge.score(groups)
             self._store.write_rollouts(wave.iteration, wave.number, scored)
@@ -108,6 +119,12 @@ class SampleCollector:
             pairs += made
             counts.update(count.as_dict())
         return Collected(scored=scored, pairs=pairs, counts=counts, tokens=tokens, files=[path])
+
+    def _scored(self, wave: Wave) -> list[ScoredGroup]:
+        """What an earlier attempt has left of it; nothing where that is not what the wave asks for."""
+        path = self._store.path("rollouts", wave.iteration, wave.number)
+        scored = read_rollouts(path) if self._archive.intact(path) else []
+        return scored if _were_drawn([one.group for one in scored], wave) else []
 
     def _samples(self, wave: Wave) -> tuple[list[RolloutGroup], int]:
         """The wave's completions, and the tokens that were sampled for them now."""
@@ -122,7 +139,8 @@ class SampleCollector:
             num_samples=generator.samples_per_prompt,
             sampling=sampling_of(generator),
         )
-        groups = self._rollouts.sample(wave.prompts, [draw])[0]
+        with self._floor.taken():
+            groups = self._rollouts.sample(wave.prompts, [draw])[0]
         self._store.write_samples(wave.iteration, wave.number, groups)
         with self._ledger.transaction():
             self._archive.seal(wave.iteration, [path])

@@ -68,7 +68,9 @@ class Context:
     """Its word is what evaluations report, and trains nothing unless the configuration makes it the judge as well."""
     publisher: Publisher
     floor: Floor
-    """Had by whoever asks the generators: a wave that is collected, or an evaluation."""
+    """Had by whoever asks the generators: a wave that is sampled, or an evaluation."""
+    bench: Floor
+    """Had by whoever asks the judge. Who needs both takes this one first: see `alone`."""
     learning: Learning
     training: Training
     prompts: PromptStream
@@ -86,6 +88,12 @@ class Context:
         """`Publisher.publish`; between two waves where the policy's engines judge what they sample, and in sync."""
         with self.floor.taken() if asks_policy(self.config) or not grows_old(self.config) else nullcontext():
             return self.publisher.publish(number, iteration)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Has the generators and the judge to itself."""
+        with self.bench.taken(), self.floor.taken():
+            yield
 
     @contextmanager
     def stage(self, name: str, iteration: int, *, quietly: bool = False) -> Iterator[Stage]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import ray
@@ -148,12 +148,17 @@ class Dispatch(Generic[Work, Result]):
                 self._queue(slot, Share(positions=part))
 
     def _deal(self, positions: Sequence[int], hands: int) -> list[tuple[int, ...]]:
-        """Items in so many parts; those of one key stay together."""
+        """Items in so many parts; those of one key stay together, and keys that follow each other mostly.
+
+        Neighbours have more in common (a prompt's judgements, a tree's paths), which is computed once where they meet.
+        """
         units: dict[Any, list[int]] = {}
         for position in positions:
             units.setdefault(position if self._keys is None else self._keys[position], []).append(position)
         dealt = list(units.values())
-        return [tuple(sorted(chain.from_iterable(dealt[index::hands]))) for index in range(hands)]
+        least, more = divmod(len(dealt), hands)
+        edges = [hand * least + min(hand, more) for hand in range(hands + 1)]
+        return [tuple(sorted(chain.from_iterable(dealt[start:end]))) for start, end in pairwise(edges)]
 
     def _queue(self, slot: Slot, share: Share, *, first: bool = False) -> None:
         queue = self._queues.setdefault(slot.name, deque())
@@ -268,8 +273,8 @@ class Dispatch(Generic[Work, Result]):
                 lost.append(self._bury(given, words, by_itself=by_itself))
             except ObjectLostError:
                 # The results lay on a node that died after they were made: nothing is wrong with the work.
-                if not given.share.is_copy:
-                    self._queue(given.slot, given.share, first=True)
+                if owed := self._owed(given.share):
+                    self._queue(given.slot, Share(positions=owed, alone=given.share.alone), first=True)
             else:
                 self._stragglers.note(time.monotonic() - given.since)
                 for position, result in zip(given.share.positions, results, strict=True):
@@ -323,9 +328,13 @@ class Dispatch(Generic[Work, Result]):
     def _requeue(self, lost: Iterable[_Lost]) -> None:
         """Queues the work of the dead again: what is under suspicion key by key, the rest where it was."""
         alone: dict[str, list[int]] = {}
+        seen: set[int] = set()
         for death in lost:
             rest = []
-            for position in self._open(() if death.share.is_copy else death.share.positions):
+            for position in self._open(self._owed(death.share)):
+                if position in seen:  # whoever was asked as well died at the same time
+                    continue
+                seen.add(position)
                 if self._keys is not None and self._deaths[self._keys[position]] >= _SUSPECT_DEATHS:
                     alone.setdefault(self._keys[position], []).append(position)
                 else:
@@ -336,6 +345,11 @@ class Dispatch(Generic[Work, Result]):
         for index, positions in enumerate(alone.values()):
             share = Share(positions=tuple(sorted(positions)), alone=True)
             self._queue(living[index % len(living)], share)
+
+    def _owed(self, share: Share) -> tuple[int, ...]:
+        """What is to be asked for again where a share's answer is lost: what nobody else has in work."""
+        others = {position for ref in self._twice for position in self._pending[ref].share.positions}
+        return tuple(position for position in share.positions if position not in others)
 
     def _leave_vacant(self) -> None:
         """Gives the work of vacant slots to the others; another thread may have found that nobody works there."""

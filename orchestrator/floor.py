@@ -1,4 +1,4 @@
-"""Whose turn it is with the generators."""
+"""Whose turn it is: with the generators, or with the judge."""
 
 from __future__ import annotations
 

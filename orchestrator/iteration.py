@@ -90,7 +90,7 @@ class Iteration:
         with ExitStack() as until_decided:
             if context.config.promotion.gate == "reject":
                 # Nothing is collected by a policy that may be given up.
-                until_decided.enter_context(context.floor.taken())
+                until_decided.enter_context(context.alone())
             if moved:
                 version = self._publish()
             if _has_anchors(context.config):
@@ -159,7 +159,7 @@ class Iteration:
         """Runs a stage whose figures are all that comes of it, unless they are known already."""
         known = self._context.ledger.finished_phase(self._number, name)
         if known is None:
-            with self._context.floor.taken(), self._stage(name) as stage:
+            with self._context.alone(), self._stage(name) as stage:
                 find(stage)
                 self._metrics |= stage.figures
         else:

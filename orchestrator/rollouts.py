@@ -137,14 +137,17 @@ class Rollouts:
     def complete(
         self, requests: Sequence[GenerationRequest], what: str, *, prompt_ids: Sequence[str]
     ) -> list[Completion]:
-        """Completes requests in their order, as one wave; those of quarantined prompts come back aborted.
+        """Completes requests as one wave, answers in their order; those of quarantined prompts come back aborted.
+
+        Those with the longest beginning in common are asked next to each other.
 
         Args:
             requests: what is asked.
             what: names the wave in messages.
             prompt_ids: of each request, the prompt that it belongs to.
         """
-        asked = [index for index, prompt_id in enumerate(prompt_ids) if prompt_id not in self.quarantined]
+        wanted = [index for index, prompt_id in enumerate(prompt_ids) if prompt_id not in self.quarantined]
+        asked = sorted(wanted, key=lambda index: requests[index].prompt_token_ids)
         found: dict[int, Completion] = {}
         for index, answer in zip(asked, self._ask(requests, asked, what, prompt_ids), strict=True):
             if isinstance(answer, Poisoned):
@@ -152,7 +155,7 @@ class Rollouts:
             else:
                 found[index] = answer
         if len(found) == len(requests):
-            return list(found.values())
+            return [found[index] for index in range(len(requests))]
         aborted = Completion(
             token_ids=(), text="", logprobs=(), finish_reason=FinishReason.ABORTED, policy=self._version()
         )

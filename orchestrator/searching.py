@@ -75,6 +75,10 @@ class TreeCollector:
         self._quarantined = quarantined
         self._ends = step_ends(tokenizer, config.search.separator)
 
+    def draw(self, wave: Wave) -> int:
+        """Nothing: how a tree grows depends on what is said of its leaves."""
+        return 0
+
     def collect(self, wave: Wave) -> Collected:
         """See `Collector.collect`."""
         searches = [PromptSearch(prompt, wave.iteration, self._config) for prompt in wave.prompts]

@@ -110,6 +110,22 @@ class Waves:
         self._ledger = ledger
         self._accounts = accounts
         self._quarantined = quarantined
+        self._drawn: set[tuple[int, int]] = set()
+        """Iteration and number of waves that `collect` need not issue again."""
+
+    def draw(self, wave: Wave) -> int:
+        """Samples a wave, which `collect` then finds; returns how many tokens that took. Any thread may do it.
+
+        Raises:
+            AgonError: see `collect`.
+        """
+        self._evict(wave)
+        if self._committed(wave):
+            return 0
+        self._issue(wave)
+        tokens = self._collector.draw(wave)
+        self._drawn.add((wave.iteration, wave.number))
+        return tokens
 
     def collect(self, wave: Wave) -> Harvest:
         """The pairs of a wave, read back where it is committed already.
@@ -150,9 +166,14 @@ class Waves:
             sampled_by=frozenset(outcome["policies"]),
         )
 
-    def _collect(self, wave: Wave) -> Harvest:
+    def _issue(self, wave: Wave) -> None:
         with self._ledger.transaction():
             self._accounts.issue_wave(wave.iteration, wave.number, [prompt.id for prompt in wave.prompts])
+
+    def _collect(self, wave: Wave) -> Harvest:
+        if (wave.iteration, wave.number) not in self._drawn:
+            self._issue(wave)
+        self._drawn.discard((wave.iteration, wave.number))
         collected = self._collector.collect(wave)
         pairs, dropped = filter_pairs(collected.pairs, self._filters)
         files = [*collected.files, self._store.write_pairs(wave.iteration, wave.number, pairs)]

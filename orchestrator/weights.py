@@ -3,8 +3,9 @@
     learner: pack with checksums -> Publication -> generators: load in place -> prove
 
 The proof has two links: what the engine holds matches the checksums taken at the learner (`Engine.outdated`), whatever
-way it came; and its forward pass agrees with the learner's on a probe sequence (`Probe`), which also catches stale
-caches and re-packed weights. An error says whether the bytes were damaged on their way or not taken.
+way it came; and its forward pass agrees with the learner's on a probe sequence (`Probe`), which also catches layers
+that compute with a copy of their own. That is tried until it held with weights that the engine had not begun with, and
+each time where something cannot be read back. An error says whether the bytes were damaged on their way or not taken.
 
 Where all generators are on the learner's node the bytes lie in memory that they share (`shared_memory.py`), written
 once and read in place. Elsewhere they are put into the object store in buckets, flat uint8 arrays of some hundred MiB:
@@ -197,9 +198,15 @@ def version_of(number: int, records: Sequence[TensorRecord]) -> PolicyVersion:
 
 def checksum_of_all(tensors: Sequence[torch.Tensor]) -> list[str]:
     """xxh3-64 of the bytes of each tensor, as in its `TensorRecord`."""
-    return on_all_cores(
-        lambda tensor: xxhash.xxh3_64_hexdigest(bytes_of(tensor).data), tensors, lambda tensor: tensor.nbytes
-    )
+    # What has to be laid out anew for that is, here: torch's threads belong to the thread that calls it, and stay.
+    elsewhere = {index: _checksum(tensor) for index, tensor in enumerate(tensors) if not tensor.is_contiguous()}
+    rest = [tensor for tensor in tensors if tensor.is_contiguous()]
+    found = iter(on_all_cores(_checksum, rest, lambda tensor: tensor.nbytes))
+    return [elsewhere[index] if index in elsewhere else next(found) for index in range(len(tensors))]
+
+
+def _checksum(tensor: torch.Tensor) -> str:
+    return xxhash.xxh3_64_hexdigest(bytes_of(tensor).data)
 
 
 def corrupted(records: Sequence[TensorRecord], buckets: Sequence[NDArray[np.uint8]]) -> list[str]:
@@ -246,8 +253,9 @@ def install(
         publication: to be loaded.
         buckets: its bytes.
         holder: names the generator in errors.
-        tried: the engine's forward pass agreed with the learner's before. It is tried again only where tensors are held
-            in a form that cannot be read back: it computes the same function of the same bytes.
+        tried: the engine's forward pass agreed with the learner's before, with weights that it had not begun with. It
+            is tried again only where tensors are held in a form that cannot be read back: it computes the same function
+            of the same bytes.
 
     Raises:
         PublicationError: the bytes, the engine's own copy or its forward pass do not match the publication; or the

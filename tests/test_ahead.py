@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from conf.compose import compose
 from orchestrator.ahead import Ahead
-from orchestrator.context import Stage
+from orchestrator.context import Context, Stage
 from orchestrator.errors import DataError, JudgeError, PoolError, WeightsLostError
 from orchestrator.floor import Floor
 from orchestrator.prompts import PromptStream
@@ -20,7 +20,7 @@ from orchestrator.remote import fetch
 from orchestrator.tasks.addition import AdditionTask
 from orchestrator.tracking import Tracker
 from orchestrator.types import PolicyVersion, Prompt
-from orchestrator.waits import Unwanted, work_until
+from orchestrator.waits import Unwanted, check_wanted, work_until
 from orchestrator.waves import Harvest
 from tests.records import completion, pair
 
@@ -44,16 +44,18 @@ class Run:
             + [f"pipeline.max_staleness={bound}"] * (mode == "async")
             + ["pipeline.wave_prompts=2"]
         )
-        self.floor, self.tracker = Floor(), Tracker()
+        self.floor, self.bench, self.tracker = Floor(), Floor(), Tracker()
         self.accounts = SimpleNamespace(quarantined=self._quarantined)
         self.asked_before = []
         self.prompts = PromptStream(AdditionTask(), self._render, max_length=256, max_tokens=64)
         self.publisher = SimpleNamespace(is_published=True, version=version(0))
         self.learning = SimpleNamespace(undo=lambda number: self.undone.append(number) or True)
-        self.waves = SimpleNamespace(collect=self.sample, are_committed=lambda waves: True)
-        self.undone, self.published, self.sampled, self.pairs = [], [], [], []
+        self.waves = SimpleNamespace(draw=self.draw, collect=self.sample, are_committed=lambda waves: True)
+        self.undone, self.published, self.sampled, self.pairs, self.drawn = [], [], [], [], []
         self.finished = 0
         self.break_off = {}
+
+    alone = Context.alone
 
     def _render(self, problem):
         return Prompt(id=problem.id, text=problem.content, token_ids=(1, 5))
@@ -69,6 +71,10 @@ class Run:
         self.sampled.append((iteration, self.finished, threading.current_thread() is threading.main_thread()))
         assert quietly != self.sampled[-1][2]
         return nullcontext(Stage(name=name))
+
+    def draw(self, wave):
+        self.drawn.append((wave.iteration, wave.number))
+        return 10
 
     def sample(self, wave):
         if error := self.break_off.pop((wave.iteration, wave.number), None):
@@ -119,6 +125,75 @@ def test_an_iteration_is_collected_as_soon_as_the_bound_allows_and_no_sooner(bou
     assert all(len(parts) == 1 for parts in run.pairs)
     assert run.asked_before == [number - bound for number in range(1, 7)]
     assert run.published == []
+
+
+def test_the_next_wave_is_drawn_while_one_is_judged_and_no_further():
+    run, seen = Run(mode="sync"), []
+    run.config = compose(["pipeline.iterations=1", "pipeline.prompts_per_iteration=6", "pipeline.wave_prompts=2"])
+    judge = run.waves.collect
+
+    def collect(wave):
+        wait_until(lambda: (1, min(wave.number + 1, 2)) in run.drawn)  # goes on beside this
+        seen.append((wave.number, list(run.drawn)))
+        return judge(wave)
+
+    run.waves.collect = collect
+    with closing(Ahead(run)) as ahead:
+        ahead.go_on(1, lineage([version(0)]))
+        found = ahead.take(1)
+        list(found)
+    drawn = [(1, 0), (1, 1), (1, 2)]
+    assert seen == [(0, drawn[:2]), (1, drawn), (2, drawn)]
+    assert found.harvest.tokens == 3 * (1 + 10), "what was drawn beforehand is counted"
+
+
+@pytest.mark.parametrize("settings", [["recipe=self_rewarding"], ["recipe=mcts_dpo"], ["scorer=implicit"]])
+def test_nothing_is_drawn_beforehand_where_the_policy_judges(settings):
+    run = Run(mode="sync")
+    run.config = compose([*settings, "pipeline.iterations=1", "pipeline.wave_prompts=2"])
+    with closing(Ahead(run)) as ahead:
+        ahead.go_on(1, lineage([version(0)]))
+        list(ahead.take(1))
+    assert (run.drawn, len(run.sampled)) == ([], 1)
+
+
+def test_an_error_of_a_judge_ends_what_is_drawn_beside_it():
+    run, ended = Run(mode="sync"), []
+
+    def draw(wave):
+        if wave.number:
+            try:
+                while True:
+                    check_wanted()
+                    time.sleep(0.01)
+            finally:
+                ended.append(wave.number)
+        return 10
+
+    run.waves.draw = draw
+    run.break_off[1, 0] = JudgeError("no verdict")
+    with closing(Ahead(run)) as ahead:
+        ahead.go_on(1, lineage([version(0)]))
+        with pytest.raises(JudgeError, match="no verdict"):
+            ahead.take(1)
+    assert ended == [1]
+
+
+def test_what_cannot_be_drawn_is_told_behind_the_waves_before_it():
+    run = Run(mode="semi_online")
+
+    def draw(wave):
+        if wave.number:
+            raise PoolError("no generator is left")
+        return 10
+
+    run.waves.draw = draw
+    with closing(Ahead(run)) as ahead:
+        ahead.go_on(1, lineage([version(0)]))
+        parts = iter(ahead.take(1))
+        assert len(next(parts)) == 2
+        with pytest.raises(PoolError, match="no generator is left"):
+            next(parts)
 
 
 def test_sync_is_collected_by_the_weights_and_against_the_reference_that_it_starts_from():

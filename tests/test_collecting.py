@@ -21,6 +21,7 @@ from orchestrator.collecting import SampleCollector
 from orchestrator.errors import JudgeError
 from orchestrator.evaluation import anchor_figures
 from orchestrator.events import ignore
+from orchestrator.floor import Floor
 from orchestrator.ledger import Ledger
 from orchestrator.rollouts import Draw, Roles, Rollouts, sampling_of
 from orchestrator.searching import TreeCollector, depth_penalty
@@ -129,7 +130,9 @@ def wave_of(prompts):
 def by_samples(folder, config, rollouts, judge, prompts):
     with Ledger(folder) as ledger:
         archive = Archive(folder, Accounts(ledger), ignore)
-        return SampleCollector(config, rollouts, judge, Store(folder), archive, ledger, {}).collect(wave_of(prompts))
+        return SampleCollector(config, rollouts, judge, Store(folder), archive, ledger, Floor(), {}).collect(
+            wave_of(prompts)
+        )
 
 
 @pytest.fixture(autouse=True)

@@ -209,15 +209,16 @@ def test_a_token_of_one_character_is_replaced():
     assert neutralise("a#b", ("#",)) == "a\N{REPLACEMENT CHARACTER}b"
 
 
-@given(st.lists(st.text(), min_size=1, max_size=3), st.integers(0, 5), st.randoms())
-def test_the_mark_is_in_no_text_and_does_not_depend_on_their_order(texts, seed, rng):
-    mark = choose_mark(seed, texts)
+@given(st.lists(st.text(), min_size=1, max_size=3), st.integers(0, 5))
+def test_the_mark_is_in_no_text_and_is_that_of_the_prompt(texts, seed):
+    prompt = texts[0]
+    mark = choose_mark(seed, prompt, texts)
     assert re.fullmatch("[0-9a-f]{16}", mark)
     assert not any(mark in text for text in texts)
-    shuffled = rng.sample(texts, len(texts))
-    assert choose_mark(seed, shuffled) == mark
-    assert choose_mark(seed + 1, texts) != mark
-    assert choose_mark(seed, [*texts, "x"]) != mark
+    assert choose_mark(seed, prompt, [*texts, "another answer"]) == mark
+    assert choose_mark(seed + 1, prompt, texts) != mark
+    assert choose_mark(seed, f"{prompt}x", texts) != mark
+    assert choose_mark(seed, prompt, [*texts, f"it ends with {mark}"]) != mark
     assert blocks(fenced(texts[0], mark, ())) == [neutralise(texts[0], ())]
 
 
@@ -226,14 +227,11 @@ def test_a_mark_that_a_text_contains_is_not_taken(monkeypatch, form):
     marks = iter(["aa" * 8, "ab" * 8, "ac" * 8])
 
     class Digest:
-        def __init__(self, data, digest_size=64):
-            self.short = digest_size == 8
-
-        def digest(self):
-            return b""
+        def __init__(self, data, digest_size):
+            pass
 
         def hexdigest(self):
             return next(marks)
 
     monkeypatch.setattr(fence.hashlib, "blake2b", Digest)
-    assert choose_mark(0, [f"the mark is {form('aa' * 8)}", form("ab" * 8)]) == "ac" * 8
+    assert choose_mark(0, "p", [f"the mark is {form('aa' * 8)}", form("ab" * 8)]) == "ac" * 8

@@ -11,6 +11,7 @@ from orchestrator.accounts import Accounts
 from orchestrator.archive import Archive
 from orchestrator.collecting import SampleCollector
 from orchestrator.events import EventKind
+from orchestrator.floor import Floor
 from orchestrator.ledger import Ledger
 from orchestrator.store import Store
 from orchestrator.tally import Tally
@@ -77,7 +78,9 @@ class Process:
         quarantined = dict(self.accounts.quarantined())
         self.rollouts, self.judge, self.events = Drawing(quarantined), Judging(), []
         self.archive = Archive(folder, self.accounts, self.events.append)
-        collector = SampleCollector(CONFIG, self.rollouts, self.judge, self.store, self.archive, ledger, quarantined)
+        collector = SampleCollector(
+            CONFIG, self.rollouts, self.judge, self.store, self.archive, ledger, Floor(), quarantined
+        )
         self.waves = Waves(
             collector=collector,
             judge=self.judge,
@@ -207,6 +210,52 @@ def test_broken_off_anywhere_it_ends_as_if_nothing_had_happened(tmp_path, undist
         again = collect(second)
         assert (again.pairs, dict(again.tally)) == (harvest.pairs, dict(harvest.tally))
         assert second.events == []
+    assert state(tmp_path) == left
+
+
+def collect_drawn(process, policy=V1):
+    """Each wave is drawn before the one in front of it is judged."""
+    first, second = waves_of(policy)
+    tokens = process.waves.draw(first) + process.waves.draw(second)
+    harvest = process.waves.collect(first) + process.waves.collect(second)
+    return replace(harvest, tokens=harvest.tokens + tokens)
+
+
+def test_waves_that_are_drawn_beforehand_are_the_same(tmp_path, undisturbed):
+    _, harvest, left = undisturbed
+    with process(tmp_path) as first:
+        found = collect_drawn(first)
+        assert (found.pairs, dict(found.tally), found.tokens) == (harvest.pairs, dict(harvest.tally), harvest.tokens)
+        assert first.rollouts.drawn == [["task/0", "task/1"], ["task/2", "task/3"]]
+        assert first.waves.draw(waves_of()[0]) == 0, "what is committed is not drawn again"
+    assert state(tmp_path) == left
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(
+    "point",
+    [
+        (Accounts, "issue_wave", 2),
+        (Drawing, "sample", 2),
+        (Accounts, "wave_sampled", 2),
+        (Judging, "score", 1),
+        (Accounts, "wave_scored", 1),
+        (Archive, "drop", 1),
+        (Judging, "score", 2),
+    ],
+    ids=lambda point: f"{point[1]}-{point[2]}",
+)
+def test_drawn_beforehand_and_broken_off_it_ends_as_if_nothing_had_happened(tmp_path, undisturbed, point, after):
+    _, harvest, left = undisturbed
+    with process(tmp_path) as first, pytest.MonkeyPatch.context() as patched:
+        break_off(patched, *point, after=after)
+        with pytest.raises(KeyboardInterrupt):
+            collect_drawn(first)
+    with process(tmp_path) as second:
+        again = collect_drawn(second)
+        assert (again.pairs, dict(again.tally)) == (harvest.pairs, dict(harvest.tally))
+        assert second.events == []
+        assert len(second.rollouts.drawn) + len(first.rollouts.drawn) <= 3, "what was drawn is not drawn again"
     assert state(tmp_path) == left
 
 

@@ -174,8 +174,10 @@ def test_the_forward_pass_is_tried_until_it_agreed_and_whenever_tensors_are_hidd
         install(engine, published, published.buckets, holder="generator-0", tried=True)
 
 
-def test_a_generator_tries_the_first_weights_only(monkeypatch):
+def test_a_generator_tries_weights_until_others_than_the_first_have_agreed(monkeypatch):
+    """The first ones are those of its folder: an engine that never takes any agrees with them."""
     engine, published = CountingEngine(), publication(NAMED)
+    others = publication({name: tensor + 1 for name, tensor in NAMED.items()})
     scored = []
     monkeypatch.setattr("actors.generator.build_engine", lambda kind: engine)
 
@@ -191,11 +193,29 @@ def test_a_generator_tries_the_first_weights_only(monkeypatch):
     async def publish():
         with pytest.raises(PublicationError, match="log-probs of the probe"):
             await generator.update_weights(published, 20.0)
-        for _ in range(2):
-            assert await generator.update_weights(published, 20.0) == published.version
+        for each, tries in ((published, 2), (published, 3), (others, 4), (others, 4), (published, 4)):
+            assert await generator.update_weights(each, 20.0) == each.version
+            assert len(scored) == tries
 
     asyncio.run(publish())
-    assert len(scored) == 2, "once more after it failed, and never again"
+
+
+def test_a_generator_whose_engine_computes_with_what_it_began_with_is_found_out(monkeypatch):
+    """Though every tensor that can be read back has arrived."""
+    engine, first = CountingEngine(), publication(NAMED)
+    moved = publication({name: tensor + 1 for name, tensor in NAMED.items()})
+    moved = replace(moved, probe=replace(moved.probe, logprobs=tuple(one - 1 for one in moved.probe.logprobs)))
+    monkeypatch.setattr("actors.generator.build_engine", lambda kind: engine)
+    generator = Waiting("generator-0", "counting", {})
+    generator.gate = threading.Event()
+    generator.gate.set()
+
+    async def publish():
+        assert await generator.update_weights(first, 20.0) == first.version
+        with pytest.raises(PublicationError, match="log-probs of the probe"):
+            await generator.update_weights(moved, 20.0)
+
+    asyncio.run(publish())
 
 
 def test_buckets_respect_their_size():

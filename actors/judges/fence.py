@@ -26,16 +26,21 @@ _TEMPLATE_MARKS = r"<\|[^|<>\s]{1,40}\|>|<</?SYS>>|\[/?(?:INST|SYSTEM_PROMPT)\]|
 """What common chat templates write between turns, also where it is no token of the judge's own."""
 
 
-def choose_mark(seed: int, texts: Sequence[str]) -> str:
+def choose_mark(seed: int, about: str, texts: Sequence[str]) -> str:
     """A mark of 16 hex digits that none of the texts contains, in whatever letters it is written.
 
-    The same for the same texts in any order: both orders of a comparison differ in the order alone.
+    Questions about one prompt have the same mark, but where a text contains that: they begin alike, so that an engine
+    computes the beginning once, and both orders of a comparison differ in the order alone.
+
+    Args:
+        seed: of the run.
+        about: the prompt.
+        texts: that will stand between marks, the prompt among them.
     """
     known = [plain(text).casefold() for text in texts]
-    digests = sorted(hashlib.blake2b(text.encode("utf-8", "surrogatepass")).digest() for text in texts)
     for attempt in count():
         head = f"{seed}/{attempt}/".encode()
-        mark = hashlib.blake2b(head + b"".join(digests), digest_size=8).hexdigest()
+        mark = hashlib.blake2b(head + about.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
         if not any(mark in text for text in known):
             return mark
     raise AssertionError("count() does not end")

@@ -53,7 +53,7 @@ class Questions:
 
     def __call__(self, prompt: Prompt, **answers: str) -> str:
         """The question about these answers, each named by its placeholder."""
-        mark = choose_mark(self._seed, [prompt.text, *answers.values()])
+        mark = choose_mark(self._seed, prompt.text, [prompt.text, *answers.values()])
         blocks = {
             place: fenced(text, mark, self._model.special_tokens)
             for place, text in {"question": prompt.text, **answers}.items()
