@@ -156,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--activation-checkpointing", action="store_true")
+    parser.add_argument("--activation-checkpointing", default="none", choices=("none", "selective", "full"))
     defaults = {"hidden": 256, "intermediate": 704, "layers": 4, "heads": 4, "kv-heads": 2, "vocabulary": 32000}
     shape = {"prompts": 4, "prompt-length": 256, "completions": 4, "shortest": 64, "longest": 256}
     rest = {"micro-batch-tokens": 8192, "vocab-chunk": 4096, "threads": 2, "repeats": 3}

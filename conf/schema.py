@@ -391,7 +391,11 @@ class LearnerConfig:
     replay_sequences: int = knob(0, "sequences of seed data in one optimizer step", low=0)
     replay_weight: float = knob(1.0, "of their token-mean loss beside the preference loss", low=0)
     vocab_chunk: int = knob(4096, "columns of the vocabulary whose logits are held at once", low=1)
-    activation_checkpointing: bool = knob(False, "recompute layers in the backward pass instead of storing them")
+    activation_checkpointing: str = knob(
+        "none",
+        "compute layers again in the backward pass instead of storing them: all of each, or all but matrix products",
+        choices=("none", "selective", "full"),
+    )
     checkpoint_steps: int = knob(100, "optimizer steps after which an iteration's training is saved on the way", low=1)
     spike_factor: float = knob(
         100, "a batch whose gradient norm exceeds the median of recent ones so many times is skipped", above=1

@@ -138,10 +138,11 @@ def _learner(config: Config, shape: ModelShape) -> list[Need]:
     cast = 2 if config.model.dtype == "bfloat16" else 0
     tokens = min(learner.micro_batch_tokens, 2 * learner.batch_pairs * config.model.max_length)
     saved = 8 * shape.hidden_size + 3 * shape.intermediate_size
-    if learner.activation_checkpointing:
-        values = shape.num_layers * shape.hidden_size + saved
-    else:
-        values = shape.num_layers * saved
+    values = {
+        "none": shape.num_layers * saved,
+        "selective": shape.num_layers * (7 * shape.hidden_size + 2 * shape.intermediate_size) + saved,
+        "full": shape.num_layers * shape.hidden_size + saved,
+    }[learner.activation_checkpointing]
     activations = tokens * (values * BYTES[config.model.dtype] + min(learner.vocab_chunk, shape.vocab_size) * 4)
     return [
         Need(role="learner", what="learner: process", bytes=LEARNER_OVERHEAD),
@@ -162,7 +163,7 @@ def _learner(config: Config, shape: ModelShape) -> list[Need]:
             role="learner",
             what=f"learner: activations of {tokens} tokens",
             bytes=activations,
-            keys=("learner.micro_batch_tokens", "learner.activation_checkpointing=true"),
+            keys=("learner.micro_batch_tokens", "learner.activation_checkpointing=full"),
             on_gpu=on_gpu,
         ),
     ]

@@ -12,11 +12,13 @@ parameter as bf16 weights beside an fp32 copy.
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM
 
 from learners.loading import load
@@ -46,6 +48,16 @@ def load_model(folder: str | Path) -> nn.Module:
     return load(AutoModelForCausalLM, folder, torch.float32)
 
 
+_ATEN = torch.ops.aten
+_KEPT = [
+    *(_ATEN.mm.default, _ATEN.addmm.default),
+    *(_ATEN._scaled_dot_product_flash_attention.default, _ATEN._scaled_dot_product_efficient_attention.default),
+    *(_ATEN._scaled_dot_product_cudnn_attention.default, _ATEN._flash_attention_forward.default),
+]
+"""What takes long for the size of its result. Batched products are not among them: attention on CPUs is made of them,
+and their results are its scores."""
+
+
 class Policy(nn.Module):
     """A model and the way its log-probs are computed, packed where that is proved for this very model.
 
@@ -53,12 +65,13 @@ class Policy(nn.Module):
         model: from `load_model`, on its device.
         dtype: "float32" or "bfloat16", of the matrix products.
         vocab_chunk: columns of the vocabulary whose logits exist at once.
-        activation_checkpointing: recompute layers in the backward pass.
+        activation_checkpointing: "none", "full": layers are computed again in the backward pass, or "selective": all of
+            a layer but its matrix products and attention kernels, whose results are kept.
         seed: of the probe that proves packing.
     """
 
     def __init__(
-        self, model: nn.Module, *, dtype: str, vocab_chunk: int, activation_checkpointing: bool = False, seed: int = 0
+        self, model: nn.Module, *, dtype: str, vocab_chunk: int, activation_checkpointing: str = "none", seed: int = 0
     ) -> None:
         super().__init__()
         self.model = model
@@ -67,9 +80,12 @@ class Policy(nn.Module):
         self.device = next(model.parameters()).device
         anyhow: Any = model
         anyhow.set_attn_implementation(ATTENTION)
-        if activation_checkpointing:
+        if activation_checkpointing != "none":
             # Models checkpoint their layers in training mode only; dropout is 0 by `load_model`.
-            anyhow.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            how: dict[str, Any] = {"use_reentrant": False}
+            if activation_checkpointing == "selective":
+                how["context_fn"] = partial(create_selective_checkpoint_contexts, _KEPT)
+            anyhow.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
             model.train()
         self.packing_refused = check_packing(model, vocab_chunk=vocab_chunk, seed=seed)
         """Why completions are scored in padded rows; None when they are packed."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import FalconConfig, Gemma2Config, MambaConfig
 
 from learners.cpu_attention import Group
@@ -223,16 +224,33 @@ def test_bfloat16_is_close_to_float32():
     assert 0 < float((exact - rough).detach().abs().max()) < 0.3
 
 
-def test_activation_checkpointing_changes_nothing():
+class Products(TorchDispatchMode):
+    """Counts matrix products of layers."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return function(*args, **(kwargs or {}))
+
+
+def test_activation_checkpointing_changes_nothing_but_what_is_computed_twice():
     columns, _ = pack_sequences([((1, 2, 3), (4, 5, 6, 7)), ((1, 2, 3), (9, 8))])
-    results = []
-    for checkpointing in (False, True):
+    results, products = {}, {}
+    for checkpointing in ("none", "selective", "full"):
         model = make_model("llama")
         policy = Policy(model, dtype="float32", vocab_chunk=16, activation_checkpointing=checkpointing)
-        assert model.model.layers[0].gradient_checkpointing is checkpointing
-        results.append(gradients(model, policy(columns)))
-    for name, gradient in results[0].items():
-        assert torch.equal(gradient, results[1][name]), name
+        assert model.model.layers[0].gradient_checkpointing is (checkpointing != "none")
+        with Products() as counter:
+            results[checkpointing] = gradients(model, policy(columns))
+        products[checkpointing] = counter.count
+    for name, gradient in results["none"].items():
+        assert torch.equal(gradient, results["selective"][name]), name
+        assert torch.equal(gradient, results["full"][name]), name
+    layers = make_model("llama").config.num_hidden_layers
+    assert products["selective"] == products["none"]
+    # q, k, v, o, gate, up; the last, down, need not be computed again: nothing behind it in the layer needs its result.
+    assert products["full"] - products["none"] in (6 * layers, 7 * layers)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -299,7 +299,7 @@ def test_bfloat16_keeps_weights_that_move_less_than_its_spacing(model_dir):
 
 def test_dropout_is_off_and_folders_without_a_model_are_refused(tmp_path):
     make_model("gpt2").save_pretrained(tmp_path / "gpt2")
-    trainer = make_trainer(tmp_path / "gpt2", activation_checkpointing=True)
+    trainer = make_trainer(tmp_path / "gpt2", activation_checkpointing="full")
     batch = pack(make_pairs(2))
     assert trainer.policy.model.training
     assert torch.equal(trainer.policy(batch), trainer.policy(batch))
