@@ -15,7 +15,7 @@ from orchestrator.remote import fetch
 from orchestrator.shared_memory import SharedViews
 from orchestrator.stacks import Observable
 from orchestrator.startup import uncollected
-from orchestrator.weights import Publication, install
+from orchestrator.weights import Probe, Publication, install
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,10 +47,10 @@ class Generator(Observable):
         self._loop = EngineLoop(engine, on_failure=_die, spans=self.spans)
         self._loop.hold(fixed_version)
         self._views = SharedViews()
-        self._first: str | None = None
-        """Digest of the first weights that were proved: mostly those of its folder, which it had before."""
+        self._first: Probe | None = None
+        """Of the first weights that were proved: mostly those of its folder, which it had before."""
         self._tried = False
-        """Whether its forward pass was seen to agree with the learner's after its weights had changed."""
+        """Whether its forward pass was seen to agree with the learner's where that of the first weights would not."""
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
         """Completes `requests`, in their order, as one wave."""
@@ -93,8 +93,8 @@ class Generator(Observable):
             version = None
             try:
                 version = install(engine, publication, buckets, holder=self.name, tried=self._tried)
-                self._first = self._first or version.digest
-                self._tried = self._tried or version.digest != self._first
+                self._first = self._first or publication.probe
+                self._tried = self._tried or publication.probe.tells_apart(self._first)
                 return version
             finally:
                 self._loop.hold(version)

@@ -2,13 +2,12 @@
 
     python -m benchmarks.publication
 
-`agon` is all that stands between the end of training and a generator that answers with the new weights: copy with
-checksums, adopt, read back, compare. `memcpy` copies the same bytes from one array to another, both touched before. The
-probe sequence, whose log-probs under the learner's weights a generator must reproduce, is scored by the learner as
-training ends and by a generator the first two times it gets weights: neither is in the figures. Weights change between
-two publications. `floor` is what is left
-without processes and calls: the bytes copied once, to where both see them, and summed up twice (as they leave, and
-where they arrived), by two threads.
+`agon` is all that stands between the end of training and a generator that answers with the new weights: a sign of life
+of the generator, copy with checksums, adopt, read back, compare. Weights change between two publications. `memcpy`
+copies the same bytes from one array to another, both touched before. The probe sequence, whose log-probs under the
+learner's weights a generator must reproduce, is scored by the learner as training ends and by a generator until weights
+that differ enough have agreed: neither is in the figures. `floor` is what is left without processes and calls: the
+bytes copied once, to where both see them, and summed up twice (as they leave, and where they arrived), by two threads.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ def train(learner: Learner) -> None:
     """Changes all weights, and scores the probe, as a step of the learner does."""
     with torch.no_grad():
         for parameter in learner._trainer.policy.model.parameters():
-            parameter.mul_(1.0001)
+            parameter.mul_(1.02)
     learner._probe = None
     learner._score_probe()
 
@@ -79,6 +78,7 @@ def published(learner: Any, generator: Any, node: str, numbers: Iterator[int]) -
 
 def publish(learner: Any, generator: Any, node: str, numbers: Iterator[int]) -> None:
     """See `published`."""
+    ray.get(generator.ready.remote(), timeout=WAIT_S)
     publication = ray.get(learner.publish.remote(next(numbers), [generator], [node], WAIT_S), timeout=WAIT_S)
     ray.get(generator.update_weights.remote(publication, WAIT_S), timeout=WAIT_S)
 
@@ -104,10 +104,12 @@ def main() -> int:
         start_ray(compose(["cluster.num_cpus=4", "cluster.object_store_mb=256"]))
         node = ray.get_runtime_context().get_node_id()
         actors = start_actors(model)
+        numbers = count(1)
+        published(*actors, node, numbers)
         source, target = (np.full(size, value, np.uint8) for value in range(2))
         taken = in_turn(
             {
-                "agon": partial(published, *actors, node, count(1)),
+                "agon": partial(published, *actors, node, numbers),
                 "floor": partial(seconds, partial(copied_and_proved, source, target)),
                 "memcpy": partial(seconds, partial(np.copyto, target, source)),
             },

@@ -138,6 +138,7 @@ def through_ray_queue(consumer: Any, pairs: list[PreferencePair], size: float) -
     """MB/s of the packed columns that come out."""
     count = 2
     queue = Queue(maxsize=CAPACITY, actor_options={"num_cpus": 0})
+    queue.qsize()  # it is up
     start = time.perf_counter()
     drained = consumer.drain_ray_queue.remote(queue, count)
     for _ in range(count):

@@ -48,11 +48,12 @@ def watch(command: list[str]) -> tuple[list[Snapshot], dict[psutil.Process, str]
             raise TimeoutError(f"the run has not ended after {LIMIT_S:.0f} s")
         with suppress(psutil.NoSuchProcess):
             for one in driver.children(recursive=True):
+                names.setdefault(one, "Ray")
                 with suppress(psutil.NoSuchProcess):
                     taken[one] = _processor_seconds(one)
                     title = " ".join(one.cmdline())
                     role = next((role for name, role in ROLES.items() if title.startswith(f"ray::{name}")), None)
-                    names[one] = role or names.get(one, "Ray")
+                    names[one] = role or names[one]
             taken[driver] = _processor_seconds(driver)
         snapshots.append((time.time(), dict(taken)))
         time.sleep(INTERVAL_S)
@@ -72,7 +73,7 @@ def start_up(folder: Path) -> dict[str, float]:
     settings = ["seed=0", *AGON, "pipeline.iterations=1", f"run_dir={run_dir}"]
     snapshots, names = watch([sys.executable, "-m", "launch", "run", *settings])
     with LedgerReader(run_dir) as ledger:
-        first = min(phase.started for phase in ledger.phases())
+        first = min(phase.started for phase in ledger.phases() if phase.phase == "collect")
     until, taken = max((one for one in snapshots if one[0] <= first), key=lambda one: one[0])
     found = {"wall": first - snapshots[0][0], "all processes": sum(taken.values())}
     for role in ("driver", "Ray", *ROLES.values()):

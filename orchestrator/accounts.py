@@ -246,7 +246,7 @@ class Accounts:
 
     def quarantine(self, prompts: Mapping[str, str], iteration: int) -> None:
         """Notes that prompts are set aside for good, each with the reason; those that are known stay as they are."""
-        for prompt, reason in prompts.items():
+        for prompt, reason in dict(prompts).items():  # which another thread may add to meanwhile
             self._db.execute(
                 "INSERT OR IGNORE INTO quarantine VALUES (?, ?, ?, ?)", (prompt, iteration, reason, time.time())
             )

@@ -237,7 +237,7 @@ class Ahead:
             yield from map(self._collect_one, waves)
             return
         over = Event()
-        with ThreadPoolExecutor(1, "draw", initializer=work_until, initargs=(over,)) as drawer:
+        with ThreadPoolExecutor(1, "draw", initializer=work_until, initargs=(over, self._unwanted)) as drawer:
             try:
                 drawing = drawer.submit(self._context.waves.draw, waves[0])
                 for wave, following in zip_longest(waves, waves[1:]):

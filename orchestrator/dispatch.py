@@ -140,8 +140,10 @@ class Dispatch(Generic[Work, Result]):
         Items of one key go to one worker. What they share is then computed once there, and one that kills its worker
         kills no other.
         """
+        if not positions:
+            return
         living = self._pool.living
-        if positions and not living:
+        if not living:
             raise PoolError(f"{self._what}: nobody is left in the pool of {self._pool.role}s")
         for slot, part in zip(living, self._deal(positions, len(living)), strict=True):
             if part:
@@ -273,8 +275,8 @@ class Dispatch(Generic[Work, Result]):
                 lost.append(self._bury(given, words, by_itself=by_itself))
             except ObjectLostError:
                 # The results lay on a node that died after they were made: nothing is wrong with the work.
-                if owed := self._owed(given.share):
-                    self._queue(given.slot, Share(positions=owed, alone=given.share.alone), first=True)
+                if not given.share.is_copy:
+                    self._queue(given.slot, given.share, first=True)
             else:
                 self._stragglers.note(time.monotonic() - given.since)
                 for position, result in zip(given.share.positions, results, strict=True):
@@ -328,13 +330,9 @@ class Dispatch(Generic[Work, Result]):
     def _requeue(self, lost: Iterable[_Lost]) -> None:
         """Queues the work of the dead again: what is under suspicion key by key, the rest where it was."""
         alone: dict[str, list[int]] = {}
-        seen: set[int] = set()
         for death in lost:
             rest = []
-            for position in self._open(self._owed(death.share)):
-                if position in seen:  # whoever was asked as well died at the same time
-                    continue
-                seen.add(position)
+            for position in self._open(() if death.share.is_copy else death.share.positions):
                 if self._keys is not None and self._deaths[self._keys[position]] >= _SUSPECT_DEATHS:
                     alone.setdefault(self._keys[position], []).append(position)
                 else:
@@ -345,11 +343,6 @@ class Dispatch(Generic[Work, Result]):
         for index, positions in enumerate(alone.values()):
             share = Share(positions=tuple(sorted(positions)), alone=True)
             self._queue(living[index % len(living)], share)
-
-    def _owed(self, share: Share) -> tuple[int, ...]:
-        """What is to be asked for again where a share's answer is lost: what nobody else has in work."""
-        others = {position for ref in self._twice for position in self._pending[ref].share.positions}
-        return tuple(position for position in share.positions if position not in others)
 
     def _leave_vacant(self) -> None:
         """Gives the work of vacant slots to the others; another thread may have found that nobody works there."""

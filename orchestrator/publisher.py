@@ -21,20 +21,12 @@ _KNOB = "cluster.publish_deadline_s"
 
 
 class Publisher:
-    """Keeps the current publication alive and brings generators up to date.
+    """Keeps the current publication alive and brings generators up to date."""
 
-    Args:
-        roles: learner and generators.
-        accounts: where publications are noted.
-        deadline_s: `cluster.publish_deadline_s`.
-        sends: weights go to all generators at once, by NCCL or IPC, and are kept nowhere.
-    """
-
-    def __init__(self, roles: Roles, accounts: Accounts, deadline_s: float, *, sends: bool = False) -> None:
+    def __init__(self, roles: Roles, accounts: Accounts, deadline_s: float) -> None:
         self._roles = roles
         self._accounts = accounts
         self._deadline_s = deadline_s
-        self._sends = sends
         self._current: Publication | None = None
         self._shares = True
         """Whether the learner's memory is tried; not any more once it lived and nobody could read it."""
@@ -102,10 +94,11 @@ class Publisher:
 
     def _send(self, number: int, *, share: bool) -> Publication:
         learner, generators = self._roles.learner, self._roles.generators
-        if self._sends:  # whoever died since they were asked last is replaced first: NCCL waits for all it knows of
-            generators.broadcast(
-                lambda actor: actor.ready.remote(), what="sign of life", deadline_s=self._deadline_s, knob=_KNOB
-            )
+        # Whoever died since they were asked last is replaced first: NCCL waits for all whom it was told of, and where
+        # the new one is decides how weights travel.
+        generators.broadcast(
+            lambda actor: actor.ready.remote(), what="sign of life", deadline_s=self._deadline_s, knob=_KNOB
+        )
         publication: Publication
         publication = self._current = fetch(
             learner.actor.publish.remote(

@@ -85,19 +85,19 @@ def underway() -> list[Wait]:
         return list(_waits)
 
 
-def work_until(unwanted: threading.Event) -> None:
-    """From now on waits of this thread end with `Unwanted` soon after the event is set."""
+def work_until(*unwanted: threading.Event) -> None:
+    """From now on waits of this thread end with `Unwanted` soon after one of the events is set."""
     _mine.unwanted = unwanted
 
 
 def may_be_unwanted() -> bool:
     """Whether this thread was told to look."""
-    return getattr(_mine, "unwanted", None) is not None
+    return bool(getattr(_mine, "unwanted", ()))
 
 
 def check_wanted() -> None:
     """Raises Unwanted where nobody wants what this thread does."""
-    if may_be_unwanted() and _mine.unwanted.is_set():
+    if may_be_unwanted() and any(event.is_set() for event in _mine.unwanted):
         raise Unwanted
 
 

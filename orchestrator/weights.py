@@ -4,8 +4,9 @@
 
 The proof has two links: what the engine holds matches the checksums taken at the learner (`Engine.outdated`), whatever
 way it came; and its forward pass agrees with the learner's on a probe sequence (`Probe`), which also catches layers
-that compute with a copy of their own. That is tried until it held with weights that the engine had not begun with, and
-each time where something cannot be read back. An error says whether the bytes were damaged on their way or not taken.
+that compute with a copy of their own. That is tried until it held with weights that differ enough from those the engine
+had begun with, and each time where something cannot be read back. An error says whether the bytes were damaged on their
+way or not taken.
 
 Where all generators are on the learner's node the bytes lie in memory that they share (`shared_memory.py`), written
 once and read in place. Elsewhere they are put into the object store in buckets, flat uint8 arrays of some hundred MiB:
@@ -72,6 +73,11 @@ class Probe:
     """[len(token_ids) - 1] of each token after the first, from the learner's own forward pass."""
     tolerance: float
     """Largest allowed difference of one log-prob, by the rounding of the publishing dtype."""
+
+    def tells_apart(self, other: Probe) -> bool:
+        """Whether an engine that computes with the weights of one would be refused under those of the other."""
+        pairs = zip(self.logprobs, other.logprobs, strict=True)
+        return max((abs(one - another) for one, another in pairs), default=0.0) > self.tolerance
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -253,9 +259,9 @@ def install(
         publication: to be loaded.
         buckets: its bytes.
         holder: names the generator in errors.
-        tried: the engine's forward pass agreed with the learner's before, with weights that it had not begun with. It
-            is tried again only where tensors are held in a form that cannot be read back: it computes the same function
-            of the same bytes.
+        tried: the engine's forward pass agreed with the learner's before, with weights that differ enough from those it
+            had begun with. It is tried again only where tensors are held in a form that cannot be read back: it
+            computes the same function of the same bytes.
 
     Raises:
         PublicationError: the bytes, the engine's own copy or its forward pass do not match the publication; or the

@@ -1,6 +1,5 @@
 """The dispatcher with many generators, under a simulated clock (`benchmarks/simulated.py`): nothing is timed here."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -116,26 +115,12 @@ def test_a_copy_that_dies_is_not_asked_for_again(start):
     assert [actor.asked for actor in pool.actors] == [0, 0] + [2] * 18
 
 
-@pytest.mark.parametrize("start_s", [30.0, 1.0])
-def test_what_others_have_in_work_is_not_asked_for_again_when_its_own_worker_dies(start, start_s):
-    """Whether they answer before it is replaced, or after."""
-    world, pool, _ = start(20, replace(EQUAL, start_s=start_s), slow={7: {"slowness": 20.0}})
+def test_what_others_answered_is_not_asked_for_again_when_its_own_worker_dies(start):
+    world, pool, _ = start(20, slow={7: {"slowness": 20.0}})
     world.after(12.0, pool.slots[7].actor.end)
     assert None not in ask(pool, list(range(40)), speculation=speculation(0.1))
     assert pool.slots[7].actor.asked == 0
     assert sum(actor.asked for actor in pool.actors) == 40
-
-
-@pytest.mark.parametrize("deaths", [(11.0, 13.0), (13.0, 11.0), (12.0, 12.0)])
-def test_what_nobody_has_in_work_any_more_is_asked_for_once_again(start, deaths):
-    """Its worker dies, and the one that was asked as well."""
-    world, pool, _ = start(20, replace(EQUAL, start_s=1.0), slow={7: {"slowness": 20.0}})
-    for slot, after in zip((pool.slots[7], pool.slots[0]), deaths, strict=True):
-        world.after(after, slot.actor.end)
-    before = pool.actors
-    assert None not in ask(pool, list(range(40)), speculation=speculation(0.1))
-    assert [actor.asked for actor in before] == [3, 3] + [2] * 18
-    assert sum(actor.asked for actor in {*pool.actors} - {*before}) == 1
 
 
 def test_what_a_worker_may_have_died_of_is_not_given_to_two(start):

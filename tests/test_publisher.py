@@ -82,10 +82,10 @@ class Accounts:
         pass
 
 
-def make(hidden, *, sends=False):
+def make(hidden):
     learner = Learning(ray.remote(num_cpus=0)(FakeLearner).remote(hidden))
     roles = Roles(generators=Pool(), scorers={}, judges=None, learner=learner)
-    return Publisher(roles, Accounts(), 20.0, sends=sends), learner.actor
+    return Publisher(roles, Accounts(), 20.0), learner.actor
 
 
 def test_memory_is_shared_where_it_can_be_read(ray_cluster):
@@ -149,7 +149,7 @@ def test_weights_whose_memory_is_gone_are_published_again_unless_the_learner_has
 
 def test_weights_that_leave_nothing_are_sent_to_all_again(ray_cluster):
     """NCCL and IPC make every generator wait for a proof, which all of them must get."""
-    publisher, _ = make(hidden=False, sends=True)
+    publisher, _ = make(hidden=False)
     publisher.publish(1, 1)
     publisher._current = Publication(version=publisher.version, records=(), buckets=(), probe=PROBE)
     asked = []

@@ -174,26 +174,38 @@ def test_the_forward_pass_is_tried_until_it_agreed_and_whenever_tensors_are_hidd
         install(engine, published, published.buckets, holder="generator-0", tried=True)
 
 
-def test_a_generator_tries_weights_until_others_than_the_first_have_agreed(monkeypatch):
-    """The first ones are those of its folder: an engine that never takes any agrees with them."""
-    engine, published = CountingEngine(), publication(NAMED)
-    others = publication({name: tensor + 1 for name, tensor in NAMED.items()})
-    scored = []
+def moved(by):
+    """Weights under which the log-probs of the probe are so much lower."""
+    made = publication({name: tensor + by for name, tensor in NAMED.items()})
+    return replace(made, probe=replace(made.probe, logprobs=tuple(value - by for value in made.probe.logprobs)))
+
+
+def waiting(monkeypatch, engine):
     monkeypatch.setattr("actors.generator.build_engine", lambda kind: engine)
-
-    def score(sequences):
-        scored.append(sequences)
-        return [np.array([-1.0, -9.0 if len(scored) == 1 else -1.0])]
-
-    monkeypatch.setattr(engine, "score", score)
     generator = Waiting("generator-0", "counting", {})
     generator.gate = threading.Event()
     generator.gate.set()
+    return generator
+
+
+def test_a_generator_tries_weights_until_the_first_ones_would_have_been_found_out(monkeypatch):
+    """Those are of its folder: an engine that never takes any agrees with them, and with what is much the same."""
+    engine, scored = CountingEngine(), []
+    first, like_it, others = moved(0), moved(2**-14), moved(1)
+    (name, value), *_ = NAMED.items()
+
+    def score(sequences):
+        scored.append(sequences)
+        by = float((engine.weights[name] - value).float().mean()) if len(scored) > 1 else 9.0
+        return [np.array([-1.0 - by, -1.0 - by])]
+
+    monkeypatch.setattr(engine, "score", score)
+    generator = waiting(monkeypatch, engine)
 
     async def publish():
         with pytest.raises(PublicationError, match="log-probs of the probe"):
-            await generator.update_weights(published, 20.0)
-        for each, tries in ((published, 2), (published, 3), (others, 4), (others, 4), (published, 4)):
+            await generator.update_weights(first, 20.0)
+        for each, tries in ((first, 2), (first, 3), (like_it, 4), (others, 5), (others, 5), (first, 5)):
             assert await generator.update_weights(each, 20.0) == each.version
             assert len(scored) == tries
 
@@ -202,18 +214,12 @@ def test_a_generator_tries_weights_until_others_than_the_first_have_agreed(monke
 
 def test_a_generator_whose_engine_computes_with_what_it_began_with_is_found_out(monkeypatch):
     """Though every tensor that can be read back has arrived."""
-    engine, first = CountingEngine(), publication(NAMED)
-    moved = publication({name: tensor + 1 for name, tensor in NAMED.items()})
-    moved = replace(moved, probe=replace(moved.probe, logprobs=tuple(one - 1 for one in moved.probe.logprobs)))
-    monkeypatch.setattr("actors.generator.build_engine", lambda kind: engine)
-    generator = Waiting("generator-0", "counting", {})
-    generator.gate = threading.Event()
-    generator.gate.set()
+    generator = waiting(monkeypatch, CountingEngine())
 
     async def publish():
-        assert await generator.update_weights(first, 20.0) == first.version
+        assert await generator.update_weights(moved(0), 20.0)
         with pytest.raises(PublicationError, match="log-probs of the probe"):
-            await generator.update_weights(moved, 20.0)
+            await generator.update_weights(moved(1), 20.0)
 
     asyncio.run(publish())
 
