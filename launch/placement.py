@@ -36,7 +36,7 @@ _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "VLLM_NO_USAGE_STATS": "1", "TOKENIZER
 
 _TRIES = 3
 """To start a Ray of this run's own, which gives itself 30 s: too few where the machine is busy."""
-_LATE = "timed out during startup"
+_LATE = ("timed out during startup", "Timed out waiting for file")
 
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.cpu.x86_non_temporal_threshold=0x80000"}
 """For glibc 2.35 or later, whose weights are read and written from end to end: memory in pages of 2 MB where the system
@@ -65,10 +65,15 @@ def start_ray(config: Config) -> None:
                 _init_ray(config)
             return
         except Exception as error:
-            if not tries_left or _LATE not in str(error):
+            if not (tries_left and is_late(error)):
                 where = f"joined at cluster.address={address}" if address else "started here"
                 raise DeadlineError(f"Ray could not be {where}: {error}") from error
         end_children(before)
+
+
+def is_late(error: Exception) -> bool:
+    """Whether Ray gave up because it took too long to start."""
+    return any(text in str(error) for text in _LATE)
 
 
 @contextmanager
