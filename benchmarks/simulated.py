@@ -51,7 +51,7 @@ class Speeds:
     """Median length; the logarithm has a standard deviation of `spread`."""
     spread: float = 1.0
     max_tokens: int = 2048
-    life_s: float = 100 * 3600.0
+    life_s: float = 500 * 3600.0
     """Mean time between the deaths of one generator."""
     start_s: float = 30.0
     """Of a generator in place of a dead one."""
