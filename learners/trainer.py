@@ -266,13 +266,11 @@ class Trainer:
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 state[name] = tensor.detach().to(self.policy.dtype) if tensor.is_floating_point() else tensor.detach()
-        if not self._is_as_saved:
-            published = revert_weight_conversion(self.policy.model, state)  # sorts them
-            self._is_as_saved = published.keys() == state.keys() and all(
-                published[name] is tensor for name, tensor in state.items()
-            )
-        else:
-            published = state
+        # It sorts them, and takes a millisecond to find that most models need no conversion.
+        published = state if self._is_as_saved else revert_weight_conversion(self.policy.model, state)
+        self._is_as_saved = published.keys() == state.keys() and all(
+            published[name] is tensor for name, tensor in state.items()
+        )
         order = (*(name for name in state if name in published), *(name for name in published if name not in state))
         return {name: published[name].contiguous() for name in order}
 

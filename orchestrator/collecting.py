@@ -104,7 +104,6 @@ class SampleCollector:
 
     def collect(self, wave: Wave) -> Collected:
         """See `Collector.collect`."""
-        path = self._store.path("rollouts", wave.iteration, wave.number)
         scored, tokens = self._scored(wave), 0
         if not scored:
             groups, tokens = self._samples(wave)
@@ -118,13 +117,16 @@ class SampleCollector:
             )
             pairs += made
             counts.update(count.as_dict())
-        return Collected(scored=scored, pairs=pairs, counts=counts, tokens=tokens, files=[path])
+        return Collected(scored=scored, pairs=pairs, counts=counts, tokens=tokens, files=[self._rollouts_of(wave)])
 
     def _scored(self, wave: Wave) -> list[ScoredGroup]:
         """What an earlier attempt has left of it; nothing where that is not what the wave asks for."""
-        path = self._store.path("rollouts", wave.iteration, wave.number)
+        path = self._rollouts_of(wave)
         scored = read_rollouts(path) if self._archive.intact(path) else []
         return scored if _were_drawn([one.group for one in scored], wave) else []
+
+    def _rollouts_of(self, wave: Wave) -> Path:
+        return self._store.path("rollouts", wave.iteration, wave.number)
 
     def _samples(self, wave: Wave) -> tuple[list[RolloutGroup], int]:
         """The wave's completions, and the tokens that were sampled for them now."""

@@ -201,16 +201,22 @@ def break_off(monkeypatch, owner, name, visit, *, after):
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("point", POINTS, ids=lambda point: f"{point[1]}-{point[2]}")
 def test_broken_off_anywhere_it_ends_as_if_nothing_had_happened(tmp_path, undisturbed, point, after):
+    break_off_and_do_again(tmp_path, undisturbed, point, collect, after=after)
+
+
+def break_off_and_do_again(folder, undisturbed, point, collect, *, after):
+    """Returns how many waves were sampled in both processes."""
     _, harvest, left = undisturbed
-    with process(tmp_path) as first, pytest.MonkeyPatch.context() as patched:
+    with process(folder) as first, pytest.MonkeyPatch.context() as patched:
         break_off(patched, *point, after=after)
         with pytest.raises(KeyboardInterrupt):
             collect(first)
-    with process(tmp_path) as second:
+    with process(folder) as second:
         again = collect(second)
         assert (again.pairs, dict(again.tally)) == (harvest.pairs, dict(harvest.tally))
         assert second.events == []
-    assert state(tmp_path) == left
+    assert state(folder) == left
+    return len(first.rollouts.drawn) + len(second.rollouts.drawn)
 
 
 def collect_drawn(process, policy=V1):
@@ -246,17 +252,8 @@ def test_waves_that_are_drawn_beforehand_are_the_same(tmp_path, undisturbed):
     ids=lambda point: f"{point[1]}-{point[2]}",
 )
 def test_drawn_beforehand_and_broken_off_it_ends_as_if_nothing_had_happened(tmp_path, undisturbed, point, after):
-    _, harvest, left = undisturbed
-    with process(tmp_path) as first, pytest.MonkeyPatch.context() as patched:
-        break_off(patched, *point, after=after)
-        with pytest.raises(KeyboardInterrupt):
-            collect_drawn(first)
-    with process(tmp_path) as second:
-        again = collect_drawn(second)
-        assert (again.pairs, dict(again.tally)) == (harvest.pairs, dict(harvest.tally))
-        assert second.events == []
-        assert len(second.rollouts.drawn) + len(first.rollouts.drawn) <= 3, "what was drawn is not drawn again"
-    assert state(tmp_path) == left
+    drawn = break_off_and_do_again(tmp_path, undisturbed, point, collect_drawn, after=after)
+    assert drawn <= 3, "what was drawn is not drawn again"
 
 
 def stop_before_scoring(folder, policy=V1):
