@@ -4,10 +4,9 @@
 
 The pool, its slots and dispatcher with over-issue, and the leases of the queue are the real code; generators and
 learner are simulated (`benchmarks/simulated.py`): completions of heavy-tailed lengths (log-normal, cut at 2,048
-tokens), generators that die every 500 hours, a learner that grows with the generators. Each generator has 2 prompts x 4
+tokens), generators that die every 100 hours, a learner that grows with the generators. Each generator has 2 prompts x 4
 completions in an iteration; a batch has 10 pairs. Collecting runs at most two iterations ahead, as `max_staleness=2`
-has it, and takes about two thirds of the learner's time. With deaths every 100 hours the costs are the same, but
-of 10,000 generators three die in each wave, which waits for their successors: the learner is busy for .82 of its time.
+has it, and takes about two thirds of the learner's time. Of 10,000 generators three die in each wave.
 
     cost     processor time of the controller for each batch, Ray's own included: sampling and the queue, not judging
     busy     share of the time in which the learner is trained, from the second iteration on

@@ -51,7 +51,7 @@ class Speeds:
     """Median length; the logarithm has a standard deviation of `spread`."""
     spread: float = 1.0
     max_tokens: int = 2048
-    life_s: float = 500 * 3600.0
+    life_s: float = 100 * 3600.0
     """Mean time between the deaths of one generator."""
     start_s: float = 30.0
     """Of a generator in place of a dead one."""
@@ -195,6 +195,10 @@ class Generator:
         self.generate = self._method(self._takes, self._complete)
         self.abort = self._method(self._abort, lambda _: None)
         world.after(float(world.random.exponential(world.speeds.life_s)), self.end)
+
+    def grow_slow(self, slowness: float) -> None:
+        """What it is asked from now on takes so many times as long as elsewhere."""
+        self._slowness = slowness
 
     def end(self) -> None:
         """It dies; who waits for it is told."""

@@ -396,6 +396,11 @@ class LearnerConfig:
         "compute layers again in the backward pass instead of storing them: all of each, or all but matrix products",
         choices=("none", "selective", "full"),
     )
+    flex_attention: bool = knob(
+        False,
+        "on a GPU: attention of a prompt for all its completions at once (torch's FlexAttention), if it proves right; "
+        "on a CPU it is so anyway",
+    )
     checkpoint_steps: int = knob(100, "optimizer steps after which an iteration's training is saved on the way", low=1)
     spike_factor: float = knob(
         100, "a batch whose gradient norm exceeds the median of recent ones so many times is skipped", above=1

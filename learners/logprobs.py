@@ -214,8 +214,10 @@ def plain_token_logprobs(model: nn.Module, columns: PackedColumns, *, collision:
     return TokenScores(logprobs=picked[real], log_collision=log_collision, states=None)
 
 
-def check_packing(model: nn.Module, *, vocab_chunk: int, seed: int = 0) -> str | None:
-    """Prove on a small random batch that this very model may run packed, in each way: None, or why it may not.
+def check_packing(model: nn.Module, *, vocab_chunk: int, flex: bool = False, seed: int = 0) -> str | None:
+    """Prove on a small random batch that this very model may run packed: None, or why it may not.
+
+    In each way that it may be run where it is; of a GPU's two, with `flex` the one that shares prompts.
 
     The batch has a shared prompt, lengths from 1 upwards, and the vocabulary's last token. Whether packing is right
     does not depend on autocast, so both forwards run without it and the tolerance can be tight.
@@ -231,7 +233,7 @@ def check_packing(model: nn.Module, *, vocab_chunk: int, seed: int = 0) -> str |
     parameter = next(model.parameters())
     with torch.no_grad(), torch.autocast(parameter.device.type, enabled=False):
         plain = plain_token_logprobs(model, columns).logprobs
-        ways = (False, True) if can_share(model) else (False,)
+        ways = [flex] if parameter.device.type != "cpu" else [False, True] if can_share(model) else [False]
         try:
             packed = [token_logprobs(model, columns, vocab_chunk=vocab_chunk, share=way).logprobs for way in ways]
         except (ModelError, AttributeError, TypeError, ValueError, RuntimeError) as error:

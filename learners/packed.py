@@ -2,14 +2,14 @@
 
 The model sees one row of N tokens, group after group (``prompt, completion, completion, ...``), with positions that
 start anew at each prompt and go on from the prompt's end at each of its completions. Only attention must know that
-completions of one prompt do not see each other. The attention registered here as `ATTENTION` has two ways to do it:
+completions of one prompt do not see each other. The attention registered here as `ATTENTION` has these ways to do it:
 
 * **Rows.** Layer by layer the queries, keys and values of every sequence (prompt + completion) are gathered into
   right-padded rows, ordinary causal attention runs on them, and the result is scattered back. Padding lies behind every
   real token, so causality alone hides it and no mask is built. Rows of similar length share a bucket, so little is
   wasted. A prompt's attention is computed once for each of its completions.
-* **Shared prompts**, on a CPU where prompts and completions are long enough for a call each: nothing is gathered,
-  padded or computed twice.
+* **Shared prompts**: nothing is gathered, padded or computed twice. On a CPU where prompts and completions are long
+  enough for a call each; on a GPU where it is asked for (`flex_attention.py`).
 
 On a CPU both are computed by `cpu_attention.py`.
 
@@ -31,12 +31,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from learners import flex_attention
 from learners.cpu_attention import Group, PrefixAttention, RowAttention
 from orchestrator.errors import ModelError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
+    from torch.nn.attention.flex_attention import BlockMask
 
 ATTENTION = "agon_packed"
 """Name of the attention implementation. Without a packing it is transformers' own SDPA attention."""
@@ -80,14 +82,19 @@ class Packing:
     source: Tensor
     """[N] where each token's attention output lies in the buckets' rows, laid end to end; [0] without rows."""
     groups: tuple[Group, ...] = ()
-    """Where prompts are shared, there are groups instead of rows."""
+    """Where prompts are shared on a CPU, there are groups instead of rows."""
+    mask: BlockMask | None = None
+    """Where prompts are shared on a GPU, there is a mask instead of rows."""
 
 
 def plan_packing(columns: PackedColumns, device: torch.device, *, share: bool = False) -> Packing:
     """Lay out packed columns for attention, `share`: with prompts shared."""
     positions = torch.from_numpy(_positions(columns))[None].to(device)
-    if share:
+    if share and device.type == "cpu":
         return Packing(positions=positions, rows=(), source=torch.empty(0), groups=_groups(columns))
+    if share:
+        mask = flex_attention.mask_of(columns, device)
+        return Packing(positions=positions, rows=(), source=torch.empty(0), mask=mask)
     rows, source = _rows(columns)
     return Packing(
         positions=positions,
@@ -160,7 +167,7 @@ def run_base_model(model: nn.Module, columns: PackedColumns, *, share: bool | No
     Args:
         model: a causal language model of transformers whose attention implementation is `ATTENTION`.
         columns: the packed tokens.
-        share: attention with shared prompts, which `can_share` must allow; None: where it is worth it.
+        share: attention with shared prompts, which `can_share` must allow; None: on CPUs, where it is worth it.
 
     Raises:
         ModelError: the model's attention cannot be packed (`packed_attention` says why).
@@ -169,7 +176,7 @@ def run_base_model(model: nn.Module, columns: PackedColumns, *, share: bool | No
     device = next(model.parameters()).device
     if share is None:
         slices = len(columns.prompt_starts) + len(columns.completion_starts)
-        share = can_share(model) and len(columns.tokens) >= _SHORTEST_SLICE * slices
+        share = device.type == "cpu" and can_share(model) and len(columns.tokens) >= _SHORTEST_SLICE * slices
     packing = plan_packing(columns, device, share=share)
     output = base(
         input_ids=torch.from_numpy(columns.tokens.astype(np.int64))[None].to(device),
@@ -184,10 +191,9 @@ def run_base_model(model: nn.Module, columns: PackedColumns, *, share: bool | No
 
 
 def can_share(model: nn.Module) -> bool:
-    """Whether attention with shared prompts serves the model where it is."""
+    """Whether attention with shared prompts serves the model."""
     config: Any = model.config
-    windowed = getattr(config, "sliding_window", None) is not None
-    return next(model.parameters()).device.type == "cpu" and not windowed
+    return getattr(config, "sliding_window", None) is None
 
 
 def packed_attention(
@@ -225,6 +231,8 @@ def packed_attention(
     scale = float(query.shape[-1] ** -0.5 if given is None else given)
     if packing.groups:
         return _shared(query, key, value, packing.groups, scale), None
+    if packing.mask is not None:
+        return flex_attention.attend(query, key, value, packing.mask, scale), None
     flat_query, flat_key, flat_value = (_flat(states, value.dtype) for states in (query, key, value))
     outputs = []
     for rows in packing.rows:

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from learners.loading import load
 from learners.logprobs import TokenScores, check_packing, plain_token_logprobs, token_logprobs
-from learners.packed import ATTENTION
+from learners.packed import ATTENTION, can_share
 from orchestrator.errors import ModelError
 
 if TYPE_CHECKING:
@@ -58,6 +58,19 @@ _KEPT = [
 and their results are its scores."""
 
 
+def proves_flex(model: nn.Module, device: torch.device, vocab_chunk: int, seed: int) -> bool:
+    """Whether FlexAttention on the device, a GPU, gives the log-probs that an ordinary forward pass gives."""
+    if device.type == "cpu":
+        return False
+    if can_share(model):
+        refused = check_packing(model, vocab_chunk=vocab_chunk, flex=True, seed=seed)
+    else:
+        refused = "the model attends within a sliding window"
+    if refused:
+        log.warning("learner.flex_attention is left out: %s", refused)
+    return refused is None
+
+
 class Policy(nn.Module):
     """A model and the way its log-probs are computed, packed where that is proved for this very model.
 
@@ -67,11 +80,19 @@ class Policy(nn.Module):
         vocab_chunk: columns of the vocabulary whose logits exist at once.
         activation_checkpointing: "none", "full": layers are computed again in the backward pass, or "selective": all of
             a layer but its matrix products and attention kernels, whose results are kept.
+        flex: share prompts in attention on a GPU, if that proves right for the model.
         seed: of the probe that proves packing.
     """
 
     def __init__(
-        self, model: nn.Module, *, dtype: str, vocab_chunk: int, activation_checkpointing: str = "none", seed: int = 0
+        self,
+        model: nn.Module,
+        *,
+        dtype: str,
+        vocab_chunk: int,
+        activation_checkpointing: str = "none",
+        flex: bool = False,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.model = model
@@ -91,6 +112,8 @@ class Policy(nn.Module):
         """Why completions are scored in padded rows; None when they are packed."""
         if self.packing_refused:
             log.warning("padded instead of packed log-probs (slower, more memory): %s", self.packing_refused)
+        flexes = flex and not self.packing_refused and proves_flex(model, self.device, vocab_chunk, seed)
+        self._share = True if flexes else None
 
     def forward(self, columns: PackedColumns) -> Tensor:
         """Log-prob [C] (fp32) of each completion token; differentiable."""
@@ -100,7 +123,9 @@ class Policy(nn.Module):
         """Log-probs with what comes beside them; see `TokenScores`."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             if self.packing_refused is None:
-                return token_logprobs(self.model, columns, vocab_chunk=self.vocab_chunk, collision=collision)
+                return token_logprobs(
+                    self.model, columns, vocab_chunk=self.vocab_chunk, collision=collision, share=self._share
+                )
             return plain_token_logprobs(self.model, columns, collision=collision)
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:

@@ -91,6 +91,7 @@ class Trainer:
             dtype=dtype,
             vocab_chunk=learner.vocab_chunk,
             activation_checkpointing=learner.activation_checkpointing,
+            flex=learner.flex_attention,
             seed=seed,
         )
         self.reference = Reference(self.policy, reference)

@@ -2,7 +2,7 @@
 
     share of the work, by key      --> its slot, one share at a time
         worker died                --> the same share again, on the slot's new actor
-        its slot is vacant         --> split over the slots that live
+        its slot is vacant         --> split over the slots that are idle, or the new actor's, whichever is first
     keys that were in work at two deaths --> each alone with a worker
         worker died again          --> that key, in work alone, is to blame: set aside
     much slower than the others    --> idle workers are asked as well; what comes first counts (`speculation.py`)
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -117,7 +117,10 @@ class Dispatch(Generic[Work, Result]):
 
     def run(self, on_tick: Callable[[], None] | None, tick_s: float) -> list[Result | Poisoned]:
         """Works until every item has its result."""
-        self._spread(range(len(self._work)))
+        living = self._pool.living
+        if self._work and not living:
+            raise PoolError(f"{self._what}: nobody is left in the pool of {self._pool.role}s")
+        self._spread(range(len(self._work)), living)
         ticks = Pace(tick_s)
         with waiting(what=self._what, knob=self._knob, deadline_s=self._deadline_s, refs=self._pending):
             while self._dispatch():
@@ -134,18 +137,13 @@ class Dispatch(Generic[Work, Result]):
                         on_tick()
         return self._results
 
-    def _spread(self, positions: Sequence[int]) -> None:
-        """Queues items, split over the slots that live: key by key, or one by one where there are no keys.
+    def _spread(self, positions: Sequence[int], slots: Sequence[Slot]) -> None:
+        """Queues items, split over slots: key by key, or one by one where there are no keys.
 
         Items of one key go to one worker. What they share is then computed once there, and one that kills its worker
         kills no other.
         """
-        if not positions:
-            return
-        living = self._pool.living
-        if not living:
-            raise PoolError(f"{self._what}: nobody is left in the pool of {self._pool.role}s")
-        for slot, part in zip(living, self._deal(positions, len(living)), strict=True):
+        for slot, part in zip(slots, self._deal(positions, len(slots)), strict=True):
             if part:
                 self._queue(slot, Share(positions=part))
 
@@ -185,7 +183,7 @@ class Dispatch(Generic[Work, Result]):
     def _give_out(self) -> None:
         idle, self._idle = self._idle, {}
         for name, slot in idle.items():
-            while name in self._queues and name not in self._busy:
+            while name in self._queues and name not in self._busy and slot.actor is not None:
                 share = self._next_of(name)
                 if positions := self._open(share.positions):
                     self._give(slot, Share(positions=positions, alone=share.alone))
@@ -201,13 +199,17 @@ class Dispatch(Generic[Work, Result]):
 
     def _give_out_again(self) -> None:
         """Asks idle workers for what is late."""
-        idle = [slot for slot in self._pool.living if slot.name not in self._busy] if self._may_copy() else []
+        idle = self._idlers() if self._may_copy() else []
         late = self._stragglers.late(self._pending, time.monotonic(), len(idle), self._suspected) if idle else []
         for number, ref in enumerate(late):
             self._copy(ref, idle[number :: len(late)])
 
     def _may_copy(self) -> bool:
         return self._speculation is not None and bool(self._pending) and not self._queues
+
+    def _in_work_twice(self) -> set[int]:
+        """Items whose answer others owe as well."""
+        return {position for ref in self._twice for position in self._pending[ref].share.positions}
 
     def _suspected(self, share: Share) -> bool:
         return self._keys is not None and any(self._keys[position] in self._deaths for position in share.positions)
@@ -250,7 +252,7 @@ class Dispatch(Generic[Work, Result]):
                 if death.share.alone and death.suspects - self._poisoned.keys():
                     self._quarantine(death)
             died = [(death.slot, death.actor, death.error) for death in lost]
-            self._pool.revive_all(died, self._end - time.monotonic())
+            self._pool.revive_all(died, self._end - time.monotonic(), wait=self._speculation is None)
             dead += lost
         self._requeue(dead)
 
@@ -275,8 +277,9 @@ class Dispatch(Generic[Work, Result]):
                 lost.append(self._bury(given, words, by_itself=by_itself))
             except ObjectLostError:
                 # The results lay on a node that died after they were made: nothing is wrong with the work.
-                if not given.share.is_copy:
-                    self._queue(given.slot, given.share, first=True)
+                asked = self._in_work_twice()
+                if rest := tuple(position for position in given.share.positions if position not in asked):
+                    self._queue(given.slot, replace(given.share, positions=rest), first=True)
             else:
                 self._stragglers.note(time.monotonic() - given.since)
                 for position, result in zip(given.share.positions, results, strict=True):
@@ -330,9 +333,13 @@ class Dispatch(Generic[Work, Result]):
     def _requeue(self, lost: Iterable[_Lost]) -> None:
         """Queues the work of the dead again: what is under suspicion key by key, the rest where it was."""
         alone: dict[str, list[int]] = {}
+        asked = self._in_work_twice()
         for death in lost:
             rest = []
-            for position in self._open(() if death.share.is_copy else death.share.positions):
+            for position in self._open(death.share.positions):
+                if position in asked:
+                    continue
+                asked.add(position)
                 if self._keys is not None and self._deaths[self._keys[position]] >= _SUSPECT_DEATHS:
                     alone.setdefault(self._keys[position], []).append(position)
                 else:
@@ -345,17 +352,28 @@ class Dispatch(Generic[Work, Result]):
             self._queue(living[index % len(living)], share)
 
     def _leave_vacant(self) -> None:
-        """Gives the work of vacant slots to the others; another thread may have found that nobody works there."""
-        for slot in self._pool.vacant:
-            for share in self._queues.pop(slot.name, ()):
-                self._move(share)
+        """Gives the work of vacant slots to idle ones; another thread may have found that nobody works there."""
+        waiting = [slot for slot in self._pool.vacant if slot.name in self._queues]
+        if not waiting:
+            return
+        self._pool.fill_vacant(self._end - time.monotonic(), glance_s=0.0)
+        for slot in waiting:
+            if slot.actor is not None:
+                self._idle[slot.name] = slot
+            elif idle := [one for one in self._idlers() if one.name not in self._queues]:
+                for share in self._queues.pop(slot.name):
+                    self._move(share, idle)
 
-    def _move(self, share: Share) -> None:
-        """Gives a share of a vacant slot to the others."""
+    def _move(self, share: Share, idle: Sequence[Slot]) -> None:
+        """Gives a share of a vacant slot to idle ones."""
         if share.alone:
-            self._queue(self._pool.living[0], share)
+            self._queue(idle[0], share)
         else:
-            self._spread(share.positions)
+            self._spread(share.positions, idle)
+
+    def _idlers(self) -> list[Slot]:
+        """Slots whose actors have nothing in work."""
+        return [slot for slot in self._pool.living if slot.name not in self._busy]
 
     def _open(self, positions: Iterable[int]) -> tuple[int, ...]:
         """The items that have no result yet; those that are set aside get their word in place of one."""

@@ -1,8 +1,8 @@
 """Pools of equal actors: who lives, who died, and how often that is forgiven.
 
     dead actor --> replaced in place, brought up to date, given its share again   the same share: the same results
-                   not within its deadline --> its slot is vacant                 its work moves to the others
-    vacant slot --> looked at before each `map` and `broadcast`, taken back when its new actor is up
+                   not within its deadline, or where time decides who answers --> its slot is vacant meanwhile
+    vacant slot --> its work moves to whoever is idle; taken back when its new actor is up
 
 Work is split among the actors, the same way each time (`orchestrator/dispatch.py`). An actor that is
 started is brought up to date by `on_start` (a generator gets the current weights there). Seeds make a second try draw
@@ -228,14 +228,21 @@ class ActorPool(Generic[Work, Result]):
         self.revive_all([(slot, dead, error)], left_s)
         return slot.actor is not None
 
-    def revive_all(self, lost: Iterable[tuple[Slot, Any, Exception]], left_s: float) -> None:
-        """Like `revive`, of several that died: their successors start at the same time."""
+    def revive_all(self, lost: Iterable[tuple[Slot, Any, Exception]], left_s: float, *, wait: bool = True) -> None:
+        """Like `revive`, of several that died: their successors start at the same time.
+
+        Not to `wait` leaves their slots vacant until then, if there are others to do their work.
+        """
         with self.still:
             started = [(slot, error) for slot, dead, error in lost if slot.actor is dead]
             for slot, error in started:
                 self._refill(slot, error)
-            for slot, _ in started:
-                self._see_up(slot, left_s)
+            wait = wait or len(self.living) == len(started)
+            for slot, error in started:
+                if wait:
+                    self._see_up(slot, left_s)
+                else:
+                    self._vacate(slot, error)
 
     def _refill(self, slot: Slot, error: Exception) -> None:
         if self.restarts_left == 0:
@@ -261,16 +268,21 @@ class ActorPool(Generic[Work, Result]):
                 self._tell_replaced(slot, start)
                 return
 
-    def fill_vacant(self, left_s: float) -> None:
-        """Takes back the vacant slots whose new actor is up by now; one that died on the way is started again."""
+    def fill_vacant(self, left_s: float, *, glance_s: float = _GLANCE_S) -> None:
+        """Takes back the vacant slots whose new actor is up by now; one that died on the way is started again.
+
+        Args:
+            left_s: seconds that whoever needs them can wait for their weights.
+            glance_s: seconds to wait for one that is almost up.
+        """
         with self.still:
-            asked = {slot.candidate.ready.remote(): slot for slot in self._vacant.values()}
-            answered = ray.wait(list(asked), num_returns=len(asked), timeout=_GLANCE_S)[0] if asked else []
+            asked = {slot.is_up: slot for slot in self._vacant.values()}
+            answered = ray.wait(list(asked), num_returns=len(asked), timeout=glance_s)[0] if asked else []
             for ref in answered:
                 self._take_back(asked[ref], left_s)
 
     def _take_back(self, slot: Slot, left_s: float) -> None:
-        start, slot.actor = time.monotonic(), slot.candidate
+        slot.actor = slot.candidate
         del self._vacant[slot.index]
         try:
             self._await_start(slot, min(self._start_deadline_s, left_s))
@@ -280,7 +292,7 @@ class ActorPool(Generic[Work, Result]):
         except (DeadlineError, WeightsLostError) as late:
             self._vacate(slot, late)
         else:
-            self._tell_replaced(slot, start)
+            self._tell_replaced(slot, slot.vacated_at)
 
     def _fill(self, slot: Slot) -> None:
         slot.actor, slot.where = self._make(slot.index), None
@@ -295,16 +307,20 @@ class ActorPool(Generic[Work, Result]):
         if self.on_start is not None:
             self.on_start(actor)
 
-    def _vacate(self, slot: Slot, late: DeadlineError | WeightsLostError) -> None:
+    def _vacate(self, slot: Slot, why: Exception) -> None:
+        is_told = slot.candidate is slot.actor
         slot.candidate, slot.actor = slot.actor, None
+        slot.is_up = slot.candidate.ready.remote()
         self._vacant[slot.index] = slot
         if not self.living:
-            if isinstance(late, WeightsLostError):
-                raise late
-            raise PoolError(f"{slot.name} could not be replaced, and nobody else is left: {late}") from late
-        others = ", ".join(other.name for other in self.living)
-        text = f"{late} Its work goes to {others} until its new actor is up: is a machine gone?"
-        self._emit(told(slot, EventKind.MOVED, text))
+            if isinstance(why, WeightsLostError):
+                raise why
+            raise PoolError(f"{slot.name} could not be replaced, and nobody else is left: {why}") from why
+        if not is_told:
+            slot.vacated_at = time.monotonic()
+            hint = "" if isinstance(why, ActorLostError) else f". Is a machine gone? {why}"
+            text = f"work of {slot.name} goes to whoever is idle until its new actor is up{hint}"
+            self._emit(told(slot, EventKind.MOVED, text))
 
     def _tell_replaced(self, slot: Slot, start: float) -> None:
         took, knob = time.monotonic() - start, f"{self._section}.restarts"

@@ -24,6 +24,10 @@ class Slot:
     """Of the latest actor; None until it is up."""
     candidate: Any = None
     """The actor that will work here once it is up, while the slot is vacant."""
+    is_up: Any = None
+    """Reference that is there once it is."""
+    vacated_at: float = 0.0
+    """Seconds; when it became vacant the last time."""
     lost: Any = None
     """The latest actor of the slot that was reported to be dead."""
 

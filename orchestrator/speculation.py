@@ -1,8 +1,8 @@
 """Work that takes much longer than the rest is asked of idle workers as well, and what comes first counts.
 
 A worker is late once it takes twice as long as most, and at least half of the shares are done. Each item is in work
-with two at most (what a dead one had is asked for again, whoever has a copy), and only so many of a call's items are
-copied. It makes who answers a matter of time.
+with two at most, and what a dead one had is asked for again where nobody else has it. Only so many of a call's items
+are copied. It makes who answers a matter of time; so nobody waits for the successor of a worker that died, either.
 """
 
 from __future__ import annotations

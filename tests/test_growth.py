@@ -1,5 +1,6 @@
 """The dispatcher with many generators, under a simulated clock (`benchmarks/simulated.py`): nothing is timed here."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -112,24 +113,66 @@ def test_a_copy_that_dies_is_not_asked_for_again(start):
     before = pool.actors
     assert None not in ask(pool, list(range(40)), speculation=speculation(0.1))
     assert [actor.asked for actor in before] == [3, 3] + [2] * 18
-    assert [actor.asked for actor in pool.actors] == [0, 0] + [2] * 18
+    assert [actor.asked for actor in pool.actors] == [2] * 18  # whoever comes in their place is not asked
+    assert len(pool.vacant) == 2
 
 
 def test_what_others_answered_is_not_asked_for_again_when_its_own_worker_dies(start):
-    world, pool, _ = start(20, slow={7: {"slowness": 20.0}})
-    world.after(12.0, pool.slots[7].actor.end)
-    assert None not in ask(pool, list(range(40)), speculation=speculation(0.1))
-    assert pool.slots[7].actor.asked == 0
-    assert sum(actor.asked for actor in pool.actors) == 40
-
-
-def test_what_a_worker_may_have_died_of_is_not_given_to_two(start):
-    world, pool, _ = start(20, slow={7: {"slowness": 20.0}})
-    world.after(3.0, pool.slots[7].actor.end)
+    """The two others work on copies when it dies: its work waits, and has been done when they are idle."""
+    world, pool, _ = start(3, slow={2: {"slowness": 20.0}})
+    world.after(12.0, pool.slots[2].actor.end)
     began = world.now()
-    assert None not in ask(pool, list(range(40)), speculation=speculation(0.1))
-    assert world.now() - began > 100.0  # its successor is as slow, and nobody helped it
+    assert None not in ask(pool, list(range(6)), speculation=speculation(0.5))
+    assert world.now() - began < 18.0
+    assert pool.slots[2].actor is None
+    assert [actor.asked for actor in pool.actors] == [3, 3]
+
+
+def test_what_a_worker_may_have_died_of_is_with_one_worker_at_a_time(start):
+    """Those who take over what the dead one had are slow by then: they are late, and nobody helps them."""
+    world, pool, _ = start(20)
+    world.after(3.0, pool.slots[7].actor.end)
+    for slot in pool.slots[:2]:
+        world.after(4.0, partial(slot.actor.grow_slow, 20.0))
+    began = world.now()
+    assert None not in ask(pool, list(range(40)), speculation=speculation(0.5))
+    assert world.now() - began > 100.0
     assert sum(actor.asked for actor in pool.actors) == 40
+
+
+@pytest.mark.parametrize(("share", "seconds"), [(None, 36.0), (0.0, 11.0), (0.1, 11.0)])
+def test_idle_workers_do_what_a_dead_one_had_where_time_decides_who_answers(start, share, seconds):
+    """Shares take 5 s, a bit longer on the worker that dies after 6 s; its successor takes 30 s to start."""
+    world, pool, events = start(20, slow={7: {"slowness": 1.5}})
+    world.after(6.0, pool.slots[7].actor.end)
+    began, options = world.now(), {} if share is None else {"speculation": speculation(share)}
+    assert None not in ask(pool, list(range(40)), **options)
+    assert seconds <= world.now() - began < seconds + 9.0
+    assert sum(actor.asked for actor in pool.actors) == 40
+    assert (EventKind.MOVED in {event.kind for event in events}) == (share is not None)
+    world.after(40.0, lambda: None)
+    world.run_until(lambda: world.now() > began + 40.0)
+    ask(pool, list(range(40)), **options)
+    assert [event.kind for event in events].count(EventKind.REPLACED) == 1
+    assert len(pool.living) == 20
+
+
+@pytest.mark.parametrize(("start_s", "asked"), [(30.0, [None, 4]), (1.0, [2, 2])])
+def test_where_nobody_is_idle_a_dead_ones_work_is_done_by_whoever_can_first(start, start_s, asked):
+    speeds = Speeds(spread=0.0, tokens=250.0, token_s=0.02, start_s=start_s, life_s=1e12)
+    world, pool, _ = start(2, speeds)
+    world.after(1.0, pool.slots[0].actor.end)
+    began = world.now()
+    assert None not in ask(pool, list(range(4)), speculation=speculation(0.1))
+    assert world.now() - began < 12.0
+    assert [slot.actor and slot.actor.asked for slot in pool.slots] == asked
+
+
+def test_a_pool_of_one_waits_for_its_successor(start):
+    world, pool, _ = start(1)
+    world.after(1.0, pool.slots[0].actor.end)
+    assert None not in ask(pool, list(range(4)), speculation=speculation(0.1))
+    assert len(pool.living) == 1
 
 
 def test_what_takes_long_is_done_seldom(monkeypatch):

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import flex_attention as torch_flex
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import FalconConfig, Gemma2Config, MambaConfig
 
+from learners import flex_attention
 from learners.cpu_attention import Group
 from learners.logprobs import ChunkedLogprobs, check_packing, plain_token_logprobs, token_logprobs
-from learners.packed import ATTENTION, can_share, plan_packing
-from learners.policy import Policy
+from learners.packed import ATTENTION, Packing, can_share, plan_packing
+from learners.policy import Policy, proves_flex
 from orchestrator.batching import pack_sequences
 from tests.learning import CONFIGS, VOCAB, make_model
 
@@ -123,6 +126,50 @@ def test_prompts_are_shared_where_slices_are_long_and_no_window_forbids_it(monke
     for name, sequences in (("llama", [long]), ("llama", [short]), ("mistral", [long])):
         token_logprobs(packed_model(name), pack_sequences(sequences)[0], vocab_chunk=16)
     assert planned == [True, False, False]
+
+
+@pytest.fixture
+def unfused(monkeypatch):
+    """FlexAttention's plain form, which has gradients on CPUs too, in place of its kernels for GPUs."""
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *states: None)
+    monkeypatch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(flex_attention, "_kernel", lambda: torch_flex.flex_attention)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@given(columns=packed_columns())
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_flex_attention_of_shared_prompts_equals_rows(unfused, name, columns):
+    model, device = packed_model(name), torch.device("cpu")
+    packing = plan_packing(columns, device)
+    masked = Packing(
+        positions=packing.positions, rows=(), source=packing.source, mask=flex_attention.mask_of(columns, device)
+    )
+    found = []
+    for plan in (packing, masked):
+        with mock.patch("learners.packed.plan_packing", lambda *_, share, plan=plan: plan):
+            logprobs = token_logprobs(model, columns, vocab_chunk=16, share=False).logprobs
+        found.append((logprobs.detach(), gradients(model, logprobs)))
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
+
+
+def test_flex_attention_skips_what_no_token_of_a_block_sees():
+    """Of two groups as long as a block each, neither sees the other."""
+    sequences = [((1,) * 100, (2,) * 14), ((1,) * 100, (3,) * 14), ((4,) * 120, (5,) * 8)]
+    mask = flex_attention.mask_of(pack_sequences(sequences)[0], torch.device("cpu"))
+    assert mask.kv_num_blocks.flatten().tolist() == [1, 1]
+    assert mask.to_dense()[0, 0].tolist() == [[1, 0], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("name", "refused", "proved"),
+    [("llama", None, True), ("llama", "no such kernel", False), ("mistral", None, False)],
+)
+def test_flex_attention_is_used_where_it_proves_right(monkeypatch, caplog, name, refused, proved):
+    monkeypatch.setattr("learners.policy.check_packing", lambda model, *, vocab_chunk, flex, seed: refused)
+    assert proves_flex(make_model(name), torch.device("cuda"), 16, 0) == proved
+    assert ("learner.flex_attention is left out" in caplog.text) == (not proved)
+    assert not proves_flex(make_model(name), torch.device("cpu"), 16, 0)
 
 
 def test_rows_of_different_length_do_not_share_a_bucket():
@@ -256,11 +303,12 @@ def test_activation_checkpointing_changes_nothing_but_what_is_computed_twice():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.3)])
-def test_packed_equals_plain_on_cuda(name, dtype, tolerance):
+@pytest.mark.parametrize("flex", [False, True])
+def test_packed_equals_plain_on_cuda(name, dtype, tolerance, flex):
     sequences = [((1, 2, 3), (4, 5, 6, 7)), ((1, 2, 3), (9, 8)), ((5,), (6,) * 30)]
     columns, _ = pack_sequences(sequences)
     model = packed_model(name, "cuda")
-    policy = Policy(model, dtype=dtype, vocab_chunk=16)
+    policy = Policy(model, dtype=dtype, vocab_chunk=16, flex=flex)
     assert policy.packing_refused is None
     packed, plain = policy(columns), plain_token_logprobs(model, columns).logprobs
     torch.testing.assert_close(packed, plain, atol=tolerance, rtol=tolerance)
