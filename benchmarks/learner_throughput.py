@@ -1,6 +1,6 @@
 """Tokens per second of an optimizer step: packed with shared prompts against ordinary padded rows.
 
-    python -m benchmarks.learner_throughput --out result.json [--dtype bfloat16] [--hidden 1536 --layers 24 ...]
+    python -m benchmarks.learner_throughput --out result.json [--dtype bfloat16] [--flex] [--hidden 1536 ...]
 
 Both run the same step (log-probs, DPO, backward, clip, AdamW) on the same batch and model with random weights, in
 turn. The unit is *unique* tokens per second: each prompt and completion counted once, whatever a path computes twice.
@@ -86,6 +86,7 @@ def make_policy(arguments: argparse.Namespace, device: str) -> Policy:
         dtype=arguments.dtype,
         vocab_chunk=arguments.vocab_chunk,
         activation_checkpointing=arguments.activation_checkpointing,
+        flex=arguments.flex,
     )
     if policy.packing_refused is not None:
         raise RuntimeError(f"packing was refused: {policy.packing_refused}")
@@ -157,6 +158,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--activation-checkpointing", default="none", choices=("none", "selective", "full"))
+    parser.add_argument("--flex", action="store_true", help="attention of shared prompts by FlexAttention (CUDA)")
     defaults = {"hidden": 256, "intermediate": 704, "layers": 4, "heads": 4, "kv-heads": 2, "vocabulary": 32000}
     shape = {"prompts": 4, "prompt-length": 256, "completions": 4, "shortest": 64, "longest": 256}
     rest = {"micro-batch-tokens": 8192, "vocab-chunk": 4096, "threads": 2, "repeats": 3}
