@@ -34,6 +34,7 @@ def ray_cluster():
     import ray
 
     from launch.placement import is_late
+    from orchestrator.waits import forget_everybody
 
     for tries_left in (2, 1, 0):  # a busy machine may take longer than Ray gives itself, here as in a run
         try:
@@ -44,6 +45,7 @@ def ray_cluster():
                 raise
     yield
     ray.shutdown()
+    forget_everybody()  # the next run of this process does not know these actors
 
 
 @pytest.fixture(scope="session")
