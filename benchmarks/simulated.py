@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy as np
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, GetTimeoutError
 
 from orchestrator import dispatch, pace, pools, remote, rollouts
 from orchestrator.queues import LeaseBuffer
@@ -159,7 +159,9 @@ class World:
 
     def _get(self, refs: Ref | list[Ref], timeout: float | None = None) -> Any:
         asked = refs if isinstance(refs, list) else [refs]
-        self._wait(asked, num_returns=len(asked), timeout=timeout)
+        ready, _ = self._wait(asked, num_returns=len(asked), timeout=timeout)
+        if len(ready) < len(asked):
+            raise GetTimeoutError
         with self.outside(GET_S * len(asked)):
             for ref in asked:
                 if ref.error is not None:

@@ -10,8 +10,8 @@
 What is done costs as much as there is of it, whoever else is in the pool: only those slots are looked at whose work has
 changed, and answers that come close together are taken together.
 
-A key is set aside only when it was alone with a worker that died by itself. Where a node was lost or an actor could
-not be reached, nothing is held against the work.
+A key is set aside only when it was alone with a worker that died by itself, having just shown that it lives. Where a
+node was lost or an actor could not be reached, nothing is held against the work.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import ray
-from ray.exceptions import ActorDiedError, ObjectLostError, OutOfMemoryError, RayTaskError
+from ray.exceptions import ActorDiedError, GetTimeoutError, ObjectLostError, OutOfMemoryError, RayTaskError
 
 from orchestrator.errors import ActorLostError, DeadlineError, FailureKind, PoolError
 from orchestrator.events import EventKind
@@ -47,6 +47,7 @@ Result = TypeVar("Result")
 _TICK_S = 0.5
 _LOOKS = 50
 """Answers are waited for until one in so many has come: all that are missing are looked at each time."""
+_SIGN_OF_LIFE_S = 1.0
 _SUSPECT_DEATHS = 2
 """From so many deaths on, a key is given to a worker alone: one by one takes long, and one death may be chance."""
 
@@ -183,10 +184,34 @@ class Dispatch(Generic[Work, Result]):
     def _give_out(self) -> None:
         idle, self._idle = self._idle, {}
         for name, slot in idle.items():
-            while name in self._queues and name not in self._busy and slot.actor is not None:
+            while name in self._queues and name not in self._busy and self._works(slot):
                 share = self._next_of(name)
                 if positions := self._open(share.positions):
                     self._give(slot, Share(positions=positions, alone=share.alone))
+            if name in self._queues and slot.actor is None:
+                self._idle[name] = slot  # whoever fills it need not be this thread
+
+    def _works(self, slot: Slot) -> bool:
+        """Whether somebody works there; one that is to have what others died of must show that it lives.
+
+        A worker that was dead before it was asked would be held against the work.
+        """
+        share = self._queues[slot.name][0]
+        if slot.actor is None or not (share.alone or self._suspected(share)):
+            return slot.actor is not None
+        actor = slot.actor
+        try:
+            ray.get(actor.ready.remote(), timeout=_SIGN_OF_LIFE_S)
+        except GetTimeoutError:
+            return True  # it is waited for like any other
+        except DEATHS as error:
+            self._replace([(slot, actor, ActorLostError(last_words(error)))])
+        return slot.actor is not None
+
+    def _replace(self, died: Sequence[tuple[Slot, Any, ActorLostError]]) -> None:
+        for slot, actor, words in died:
+            self._pool.report_lost(slot, actor, words, self._what)
+        self._pool.revive_all(died, self._end - time.monotonic(), wait=self._speculation is None)
 
     def _give(self, slot: Slot, share: Share) -> Any:
         ref = self._call(slot.actor, self._items(share))
@@ -235,7 +260,9 @@ class Dispatch(Generic[Work, Result]):
         return share
 
     def _give_up(self) -> None:
-        late = ", ".join(sorted(str(given.slot) for given in self._pending.values()))
+        owed = {given.slot.name: str(given.slot) for given in self._pending.values()}
+        owed |= {slot.name: f"{slot.name} (vacant)" for slot in self._pool.vacant if slot.name in self._queues}
+        late = ", ".join(owed[name] for name in sorted(owed))
         raise DeadlineError(
             f"{self._what}: {late} did not answer within {self._deadline_s:g} s. Raise {self._knob}, or ask for less."
         )
@@ -251,8 +278,7 @@ class Dispatch(Generic[Work, Result]):
             for death in lost:
                 if death.share.alone and death.suspects - self._poisoned.keys():
                     self._quarantine(death)
-            died = [(death.slot, death.actor, death.error) for death in lost]
-            self._pool.revive_all(died, self._end - time.monotonic(), wait=self._speculation is None)
+            self._replace([(death.slot, death.actor, death.error) for death in lost])
             dead += lost
         self._requeue(dead)
 
@@ -346,10 +372,8 @@ class Dispatch(Generic[Work, Result]):
                     rest.append(position)
             if rest:
                 self._queue(death.slot, Share(positions=tuple(rest)), first=True)
-        living = self._pool.living
-        for index, positions in enumerate(alone.values()):
-            share = Share(positions=tuple(sorted(positions)), alone=True)
-            self._queue(living[index % len(living)], share)
+        for positions in alone.values():
+            self._queue_alone(Share(positions=tuple(sorted(positions)), alone=True))
 
     def _leave_vacant(self) -> None:
         """Gives the work of vacant slots to idle ones; another thread may have found that nobody works there."""
@@ -360,16 +384,27 @@ class Dispatch(Generic[Work, Result]):
         for slot in waiting:
             if slot.actor is not None:
                 self._idle[slot.name] = slot
-            elif idle := [one for one in self._idlers() if one.name not in self._queues]:
+            elif self._free():
                 for share in self._queues.pop(slot.name):
-                    self._move(share, idle)
+                    self._move(share)
 
-    def _move(self, share: Share, idle: Sequence[Slot]) -> None:
-        """Gives a share of a vacant slot to idle ones."""
+    def _move(self, share: Share) -> None:
+        """Gives a share of a vacant slot to others."""
         if share.alone:
-            self._queue(idle[0], share)
+            self._queue_alone(share)
         else:
-            self._spread(share.positions, idle)
+            self._spread(share.positions, self._free() or self._pool.living)
+
+    def _queue_alone(self, share: Share) -> None:
+        """Queues a share where it comes soonest."""
+        slots = self._free() or sorted(self._pool.living, key=lambda slot: len(self._queues.get(slot.name, ())))
+        if not slots:
+            raise PoolError(f"{self._what}: nobody is left in the pool of {self._pool.role}s")
+        self._queue(slots[0], share)
+
+    def _free(self) -> list[Slot]:
+        """Slots that have nothing in work and nothing waiting."""
+        return [slot for slot in self._idlers() if slot.name not in self._queues]
 
     def _idlers(self) -> list[Slot]:
         """Slots whose actors have nothing in work."""

@@ -131,6 +131,8 @@ class ActorPool(Generic[Work, Result]):
         end = time.monotonic() + deadline_s
         with self.still:
             self.fill_vacant(deadline_s)
+            if not self.living:
+                raise PoolError(f"{what}: nobody is left in the pool of {self.role}s")
             refs = {slot.name: call(slot.actor) for slot in self.living}
             answers = []
             for slot in self.living:
@@ -231,18 +233,20 @@ class ActorPool(Generic[Work, Result]):
     def revive_all(self, lost: Iterable[tuple[Slot, Any, Exception]], left_s: float, *, wait: bool = True) -> None:
         """Like `revive`, of several that died: their successors start at the same time.
 
-        Not to `wait` leaves their slots vacant until then, if there are others to do their work.
+        Not to `wait` leaves their slots vacant until then, unless nobody else works: then whoever is up first is waited
+        for.
         """
         with self.still:
             started = [(slot, error) for slot, dead, error in lost if slot.actor is dead]
             for slot, error in started:
                 self._refill(slot, error)
-            wait = wait or len(self.living) == len(started)
             for slot, error in started:
                 if wait:
                     self._see_up(slot, left_s)
                 else:
                     self._vacate(slot, error)
+            for _, error in started:
+                self._need_somebody(error, min(self._start_deadline_s, left_s))
 
     def _refill(self, slot: Slot, error: Exception) -> None:
         if self.restarts_left == 0:
@@ -263,23 +267,42 @@ class ActorPool(Generic[Work, Result]):
                 self._refill(slot, again)
             except (DeadlineError, WeightsLostError) as late:
                 self._vacate(slot, late)
+                self._need_somebody(late, 0.0)
                 return
             else:
                 self._tell_replaced(slot, start)
                 return
 
-    def fill_vacant(self, left_s: float, *, glance_s: float = _GLANCE_S) -> None:
+    def _need_somebody(self, why: Exception, left_s: float) -> None:
+        """Where every slot is vacant, waits for whoever is up first."""
+        end = time.monotonic() + left_s
+        while not self.living:
+            left_s = end - time.monotonic()
+            self.fill_vacant(max(_GLANCE_S, left_s), glance_s=max(0.0, left_s), enough=1)
+            if not self.living and end <= time.monotonic():
+                if isinstance(why, WeightsLostError):
+                    raise why
+                raise PoolError(f"{self.role}s could not be replaced, and nobody is left: {why}") from why
+
+    def fill_vacant(self, left_s: float, *, glance_s: float = _GLANCE_S, enough: int | None = None) -> None:
         """Takes back the vacant slots whose new actor is up by now; one that died on the way is started again.
 
         Args:
             left_s: seconds that whoever needs them can wait for their weights.
-            glance_s: seconds to wait for one that is almost up.
+            glance_s: seconds to wait for those that are almost up.
+            enough: so many of them; None: all.
+
+        Raises:
+            PoolError: the restart budget is used up.
+            WeightsLostError: nobody works, and there is nothing to bring one up to date with.
         """
         with self.still:
             asked = {slot.is_up: slot for slot in self._vacant.values()}
-            answered = ray.wait(list(asked), num_returns=len(asked), timeout=glance_s)[0] if asked else []
+            num = min(len(asked), enough or len(asked))
+            answered = ray.wait(list(asked), num_returns=num, timeout=glance_s)[0] if asked else []
             for ref in answered:
-                self._take_back(asked[ref], left_s)
+                if asked[ref].is_up is ref and asked[ref].index in self._vacant:  # bringing one up to date may have
+                    self._take_back(asked[ref], left_s)
 
     def _take_back(self, slot: Slot, left_s: float) -> None:
         slot.actor = slot.candidate
@@ -288,9 +311,12 @@ class ActorPool(Generic[Work, Result]):
             self._await_start(slot, min(self._start_deadline_s, left_s))
         except ActorLostError as error:
             self.report_lost(slot, slot.actor, error, "start")
-            self.revive(slot, slot.actor, error, left_s)
+            self._refill(slot, error)
+            self._vacate(slot, error)
         except (DeadlineError, WeightsLostError) as late:
             self._vacate(slot, late)
+            if isinstance(late, WeightsLostError) and not self.living:
+                raise
         else:
             self._tell_replaced(slot, slot.vacated_at)
 
@@ -312,10 +338,6 @@ class ActorPool(Generic[Work, Result]):
         slot.candidate, slot.actor = slot.actor, None
         slot.is_up = slot.candidate.ready.remote()
         self._vacant[slot.index] = slot
-        if not self.living:
-            if isinstance(why, WeightsLostError):
-                raise why
-            raise PoolError(f"{slot.name} could not be replaced, and nobody else is left: {why}") from why
         if not is_told:
             slot.vacated_at = time.monotonic()
             hint = "" if isinstance(why, ActorLostError) else f". Is a machine gone? {why}"

@@ -2,7 +2,7 @@
 
 A worker is late once it takes twice as long as most, and at least half of the shares are done. Each item is in work
 with two at most, and what a dead one had is asked for again where nobody else has it. Only so many of a call's items
-are copied. It makes who answers a matter of time; so nobody waits for the successor of a worker that died, either.
+are copied. It makes who answers a matter of time; so nobody waits for the successor of a dead one to start, either.
 """
 
 from __future__ import annotations

@@ -1,12 +1,18 @@
 """The dispatcher with many generators, under a simulated clock (`benchmarks/simulated.py`): nothing is timed here."""
 
+from collections import Counter
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from benchmarks.simulated import Generator, Speeds, World, simulated
 from orchestrator import pace
+from orchestrator.dispatch import Poisoned
 from orchestrator.events import EventKind
 from orchestrator.pools import ActorPool
 from orchestrator.speculation import Speculation
@@ -173,6 +179,105 @@ def test_a_pool_of_one_waits_for_its_successor(start):
     world.after(1.0, pool.slots[0].actor.end)
     assert None not in ask(pool, list(range(4)), speculation=speculation(0.1))
     assert len(pool.living) == 1
+
+
+def test_work_of_a_slot_that_another_thread_fills_is_given_out(start):
+    """Which happens while that waits in vain for somebody who is idle; weights that are published do it."""
+    world, pool, _ = start(2, Speeds(spread=0.0, tokens=250.0, token_s=0.02, start_s=3.0, life_s=1e12))
+    world.after(1.0, pool.slots[0].actor.end)
+
+    def publish():
+        pool.broadcast(lambda actor: actor.ready.remote(), what="publication", deadline_s=60.0, knob="x")
+
+    options = {"on_tick": publish, "tick_s": 0.1, "speculation": speculation(0.1)}
+    assert None not in ask(pool, list(range(4)), **options)
+    assert [slot.actor.asked for slot in pool.slots] == [2, 2]
+
+
+def test_nothing_is_held_against_work_that_was_given_to_the_dead(start):
+    """One dies with work, two that were idle die with it: nobody has noticed those when they are to take it over."""
+    world, pool, events = start(8, slow={0: {"slowness": 3.0}})
+    for slot in pool.slots[:3]:
+        world.after(6.0, slot.actor.end)
+    found = ask(pool, list(range(8)), speculation=speculation(0.0))
+    assert not any(isinstance(one, Poisoned) for one in found)
+    assert [event.kind for event in events].count(EventKind.LOST) == 3
+
+
+def test_where_nobody_is_left_whoever_is_up_first_has_the_work(start):
+    """0 dies and 1 has its share; 1 dies when the successor of 0 is up already. That of 1 never comes."""
+    world, pool, _ = start(2, slow={1: {"slowness": 4.0}})
+    world.after(1.0, pool.slots[0].actor.end)
+    ends = pool.slots[1].actor.end
+    world.after(35.0, lambda: (ends(), setattr(world, "speeds", replace(EQUAL, start_s=1e9))))
+    began = world.now()
+    assert None not in ask(pool, list(range(4)), speculation=speculation(0.0))
+    assert world.now() - began < 60.0
+    assert [slot.name for slot in pool.vacant] == ["generator-1"]
+
+
+def test_one_that_dies_on_the_way_up_keeps_nobody_waiting(start):
+    world, pool, events = start(20)
+    world.after(1.0, pool.slots[0].actor.end)
+    ask(pool, list(range(40)), speculation=speculation(0.0))
+    pool.slots[0].candidate.end()
+    began = world.now()
+    assert None not in ask(pool, list(range(40)), speculation=speculation(0.0))
+    assert world.now() - began < 15.0
+    assert [event.kind for event in events].count(EventKind.LOST) == 2
+
+
+class Mortal(Generator):
+    """Dies of some items, and notes what it was asked."""
+
+    def __init__(self, world, index, poison, asked):
+        super().__init__(world, index)
+        generate = self.generate.remote
+
+        def note(items):
+            asked.update(items)
+            ref = generate(items)
+            if poison in items:
+                world.after(0.001, lambda: self.end() if ref in self._owed else None)
+            return ref
+
+        self.generate = SimpleNamespace(remote=note)
+
+
+@given(seed=st.integers(0, 10**9))
+@settings(max_examples=60)
+def test_whoever_dies_each_item_is_answered_once_and_only_poison_is_set_aside(seed):
+    random = np.random.default_rng(seed)
+    size, num_items, deaths = random.integers(1, 20), random.integers(1, 60), random.integers(0, 20)
+    poison = random.integers(num_items) if random.random() < 0.5 else None
+    start_s, share = random.choice([0.1, 3.0, 30.0, 100.0]), random.choice([None, 0.0, 0.1, 1.0])
+    world, asked, events = World(Speeds(start_s=start_s, life_s=1e12), seed), Counter(), []
+    with simulated(world):
+        pool = ActorPool(
+            role="generator",
+            make=lambda index: Mortal(world, index, poison, asked),
+            num_actors=size,
+            restarts=1_000,
+            start_deadline_s=600.0,
+            emit=events.append,
+        )
+        pool.wait_ready()
+        if poison is None:  # who is killed beside it, or again and again, may be mistaken for its victim
+            at = random.uniform(0.0, 20.0)
+            for slot in random.choice(pool.slots, min(size, deaths), replace=False):
+                world.after(at, slot.actor.end)
+        options = {} if share is None else {"speculation": speculation(share)}
+        if random.random() < 0.5:
+            options |= {"on_tick": lambda: pool.fill_vacant(60.0, glance_s=0.0), "tick_s": 0.1}
+        found = ask(pool, list(range(num_items)), **options)
+    assert len(found) == num_items
+    assert None not in found
+    assert [index for index, one in enumerate(found) if isinstance(one, Poisoned)] == (
+        [] if poison is None else [poison]
+    )
+    lost = [event.kind for event in events].count(EventKind.LOST)
+    assert max(asked.values()) <= 2 + lost
+    assert lost == (3 if poison is not None else lost)
 
 
 def test_what_takes_long_is_done_seldom(monkeypatch):

@@ -176,16 +176,18 @@ def _outcome(
 
 
 def _recovered(cell: Cell, events: list[dict[str, Any]], died: float) -> float:
-    """When the role was in place again; of a node, its first actor."""
+    """When the role was in place again, of a node its first actor; where the run ended before, its work elsewhere."""
     role = EVENT_ROLES.get(cell.role)
-    times = [
-        event["time"]
-        for event in events
-        if event["time"] > died
-        and (event["kind"] == EventKind.RESUMED if cell.role == "controller" else event["kind"] == EventKind.REPLACED)
-        and role in (None, event.get("role"))
-    ]
-    return min(times, default=float("nan"))
+    kinds = (EventKind.RESUMED,) if cell.role == "controller" else (EventKind.REPLACED, EventKind.MOVED)
+    for kind in kinds:
+        times = [
+            event["time"]
+            for event in events
+            if event["time"] > died and event["kind"] == kind and role in (None, event.get("role"))
+        ]
+        if times:
+            return min(times)
+    return math.nan
 
 
 def _run(arguments: list[str], environment: dict[str, str], *, may_fail: bool = False) -> int:
