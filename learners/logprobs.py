@@ -17,17 +17,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from learners.packed import can_share, run_base_model
+from learners.packed import Way, can_share, run_base_model
 from orchestrator.batching import pack_sequences
 from orchestrator.errors import ModelError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from learners.packed import PackedColumns
 
 _REFUSED_SETTINGS = ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling")
 _SERVED_LAYERS = {"full_attention", "sliding_attention"}
 _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 """Nats by which a token's log-prob may differ, by dtype of the weights: above rounding, below a wrong mask."""
+_FLEX_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Likewise, of the norm of all log-probs or of a gradient, by dtype of the products."""
+_SMALL = {7: (1, 9, 4), 1: (5, 2), 3: (3,)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -163,7 +168,7 @@ def completion_indices(columns: PackedColumns) -> tuple[np.ndarray, np.ndarray]:
 
 
 def token_logprobs(
-    model: nn.Module, columns: PackedColumns, *, vocab_chunk: int, collision: bool = False, share: bool | None = None
+    model: nn.Module, columns: PackedColumns, *, vocab_chunk: int, collision: bool = False, way: Way | None = None
 ) -> TokenScores:
     """Scores of each completion token; differentiable.
 
@@ -172,7 +177,7 @@ def token_logprobs(
         columns: the packed tokens; completions in order.
         vocab_chunk: columns of the vocabulary whose logits exist at once.
         collision: give `TokenScores.log_collision` too.
-        share: see `run_base_model`.
+        way: see `run_base_model`.
 
     Raises:
         ModelError: the model's attention or head cannot run packed.
@@ -181,7 +186,7 @@ def token_logprobs(
     if not isinstance(head, nn.Linear):
         raise ModelError(f"the head of {type(model).__name__} is a {type(head).__name__}, not a linear layer")
     targets, predictors = completion_indices(columns)
-    hidden = run_base_model(model, columns, share=share)
+    hidden = run_base_model(model, columns, way=way)
     hidden = F.embedding(torch.from_numpy(predictors).to(hidden.device), hidden)
     wanted = torch.from_numpy(columns.tokens[targets].astype(np.int64)).to(hidden.device)
     apply: Any = ChunkedLogprobs.apply
@@ -214,10 +219,10 @@ def plain_token_logprobs(model: nn.Module, columns: PackedColumns, *, collision:
     return TokenScores(logprobs=picked[real], log_collision=log_collision, states=None)
 
 
-def check_packing(model: nn.Module, *, vocab_chunk: int, flex: bool = False, seed: int = 0) -> str | None:
+def check_packing(model: nn.Module, *, vocab_chunk: int, seed: int = 0) -> str | None:
     """Prove on a small random batch that this very model may run packed: None, or why it may not.
 
-    In each way that it may be run where it is; of a GPU's two, with `flex` the one that shares prompts.
+    In rows, and on a CPU in groups too. `check_flex` proves the third way.
 
     The batch has a shared prompt, lengths from 1 upwards, and the vocabulary's last token. Whether packing is right
     does not depend on autocast, so both forwards run without it and the tolerance can be tight.
@@ -233,9 +238,11 @@ def check_packing(model: nn.Module, *, vocab_chunk: int, flex: bool = False, see
     parameter = next(model.parameters())
     with torch.no_grad(), torch.autocast(parameter.device.type, enabled=False):
         plain = plain_token_logprobs(model, columns).logprobs
-        ways = [flex] if parameter.device.type != "cpu" else [False, True] if can_share(model) else [False]
+        ways = [Way.ROWS]
+        if parameter.device.type == "cpu" and can_share(model):
+            ways.append(Way.GROUPS)
         try:
-            packed = [token_logprobs(model, columns, vocab_chunk=vocab_chunk, share=way).logprobs for way in ways]
+            packed = [token_logprobs(model, columns, vocab_chunk=vocab_chunk, way=way).logprobs for way in ways]
         except (ModelError, AttributeError, TypeError, ValueError, RuntimeError) as error:
             return f"{type(error).__name__}: {error}"
     difference = max(float((logprobs - plain).abs().max()) for logprobs in packed)
@@ -244,9 +251,36 @@ def check_packing(model: nn.Module, *, vocab_chunk: int, flex: bool = False, see
     return None
 
 
-def _probe(vocab_size: int, seed: int) -> PackedColumns:
+def check_flex(model: nn.Module, *, vocab_chunk: int, dtype: torch.dtype, seed: int = 0) -> str | None:
+    """Prove on random batches of several blocks that FlexAttention gives what rows give: None, or why it does not.
+
+    Log-probs and the gradient of the embeddings, which has gone through every layer, as they are computed in training.
+    What torch's compiler may raise where it cannot make a kernel is not listed anywhere: each exception counts.
+    """
+    if not can_share(model):
+        return "the model attends within a sliding window"
+    config: Any = model.config
+    table: Any = model.get_input_embeddings().weight  # type: ignore[operator]
+    try:
+        for shape in ({60: (40, 9, 33), 1: (44, 2), 30: (50,)}, {50: (50, 50, 31), 7: (3, 50, 48, 31), 40: (20, 1)}):
+            columns = _probe(config.vocab_size, seed, shape)
+            found = []
+            for way in (Way.ROWS, Way.FLEX):
+                with torch.autocast(table.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                    logprobs = token_logprobs(model, columns, vocab_chunk=vocab_chunk, way=way).logprobs
+                found.append((logprobs.detach(), *torch.autograd.grad(logprobs.sum(), table)))
+            for what, rows, flex in zip(("log-probs", "gradients"), *found, strict=True):
+                difference = float((flex - rows).norm() / rows.norm())
+                if not difference <= _FLEX_TOLERANCES[dtype]:
+                    return f"its {what} differ from those of rows by {difference:.2g} of their norm"
+    except Exception as error:  # noqa: BLE001 - see above
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _probe(vocab_size: int, seed: int, shape: Mapping[int, Sequence[int]] = _SMALL) -> PackedColumns:
+    """Prompts of so many tokens with completions of so many, and each with one of the vocabulary's last token."""
     random = np.random.default_rng(seed)
-    shape = {7: (1, 9, 4), 1: (5, 2), 3: (3,)}
     sequences = []
     for prompt_length, lengths in shape.items():
         prompt = tuple(random.integers(0, vocab_size, prompt_length).tolist())

@@ -22,6 +22,7 @@ Shapes: N tokens, S completions, L longest row of a bucket, H heads, E width of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -39,6 +40,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
     from torch.nn.attention.flex_attention import BlockMask
+
+
+class Way(Enum):
+    """How attention of a packed row is computed."""
+
+    ROWS = "rows"
+    GROUPS = "groups of a shared prompt, on a CPU"
+    FLEX = "FlexAttention under a block mask, on a GPU"
+
 
 ATTENTION = "agon_packed"
 """Name of the attention implementation. Without a packing it is transformers' own SDPA attention."""
@@ -82,17 +92,17 @@ class Packing:
     source: Tensor
     """[N] where each token's attention output lies in the buckets' rows, laid end to end; [0] without rows."""
     groups: tuple[Group, ...] = ()
-    """Where prompts are shared on a CPU, there are groups instead of rows."""
+    """By `Way.GROUPS` there are groups instead of rows."""
     mask: BlockMask | None = None
-    """Where prompts are shared on a GPU, there is a mask instead of rows."""
+    """By `Way.FLEX` there is a mask instead of rows."""
 
 
-def plan_packing(columns: PackedColumns, device: torch.device, *, share: bool = False) -> Packing:
-    """Lay out packed columns for attention, `share`: with prompts shared."""
+def plan_packing(columns: PackedColumns, device: torch.device, *, way: Way = Way.ROWS) -> Packing:
+    """Lay out packed columns for attention."""
     positions = torch.from_numpy(_positions(columns))[None].to(device)
-    if share and device.type == "cpu":
+    if way is Way.GROUPS:
         return Packing(positions=positions, rows=(), source=torch.empty(0), groups=_groups(columns))
-    if share:
+    if way is Way.FLEX:
         mask = flex_attention.mask_of(columns, device)
         return Packing(positions=positions, rows=(), source=torch.empty(0), mask=mask)
     rows, source = _rows(columns)
@@ -161,23 +171,24 @@ def _buckets(lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     return np.split(order, cuts[1:])
 
 
-def run_base_model(model: nn.Module, columns: PackedColumns, *, share: bool | None = None) -> Tensor:
+def run_base_model(model: nn.Module, columns: PackedColumns, *, way: Way | None = None) -> Tensor:
     """Hidden states [N, D] after the last norm, each token's as if its sequence ran alone.
 
     Args:
         model: a causal language model of transformers whose attention implementation is `ATTENTION`.
         columns: the packed tokens.
-        share: attention with shared prompts, which `can_share` must allow; None: on CPUs, where it is worth it.
+        way: of attention; prompts are shared only where `can_share` says so. None: rows, or on CPUs whatever is faster.
 
     Raises:
         ModelError: the model's attention cannot be packed (`packed_attention` says why).
     """
     base: Any = model.base_model
     device = next(model.parameters()).device
-    if share is None:
+    if way is None:
         slices = len(columns.prompt_starts) + len(columns.completion_starts)
-        share = device.type == "cpu" and can_share(model) and len(columns.tokens) >= _SHORTEST_SLICE * slices
-    packing = plan_packing(columns, device, share=share)
+        long = device.type == "cpu" and len(columns.tokens) >= _SHORTEST_SLICE * slices
+        way = Way.GROUPS if long and can_share(model) else Way.ROWS
+    packing = plan_packing(columns, device, way=way)
     output = base(
         input_ids=torch.from_numpy(columns.tokens.astype(np.int64))[None].to(device),
         position_ids=packing.positions,

@@ -22,8 +22,8 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM
 
 from learners.loading import load
-from learners.logprobs import TokenScores, check_packing, plain_token_logprobs, token_logprobs
-from learners.packed import ATTENTION, can_share
+from learners.logprobs import TokenScores, check_flex, check_packing, plain_token_logprobs, token_logprobs
+from learners.packed import ATTENTION, Way
 from orchestrator.errors import ModelError
 
 if TYPE_CHECKING:
@@ -56,19 +56,6 @@ _KEPT = [
 ]
 """What takes long for the size of its result. Batched products are not among them: attention on CPUs is made of them,
 and their results are its scores."""
-
-
-def proves_flex(model: nn.Module, device: torch.device, vocab_chunk: int, seed: int) -> bool:
-    """Whether FlexAttention on the device, a GPU, gives the log-probs that an ordinary forward pass gives."""
-    if device.type == "cpu":
-        return False
-    if can_share(model):
-        refused = check_packing(model, vocab_chunk=vocab_chunk, flex=True, seed=seed)
-    else:
-        refused = "the model attends within a sliding window"
-    if refused:
-        log.warning("learner.flex_attention is left out: %s", refused)
-    return refused is None
 
 
 class Policy(nn.Module):
@@ -112,8 +99,14 @@ class Policy(nn.Module):
         """Why completions are scored in padded rows; None when they are packed."""
         if self.packing_refused:
             log.warning("padded instead of packed log-probs (slower, more memory): %s", self.packing_refused)
-        flexes = flex and not self.packing_refused and proves_flex(model, self.device, vocab_chunk, seed)
-        self._share = True if flexes else None
+        self.way: Way | None = None
+        """Of attention where completions are packed; None: `run_base_model` chooses."""
+        if flex and self.packing_refused is None and self.device.type != "cpu":
+            refused = check_flex(model, vocab_chunk=vocab_chunk, dtype=self.dtype, seed=seed)
+            if refused:
+                log.warning("learner.flex_attention is left out: %s", refused)
+            else:
+                self.way = Way.FLEX
 
     def forward(self, columns: PackedColumns) -> Tensor:
         """Log-prob [C] (fp32) of each completion token; differentiable."""
@@ -124,7 +117,7 @@ class Policy(nn.Module):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             if self.packing_refused is None:
                 return token_logprobs(
-                    self.model, columns, vocab_chunk=self.vocab_chunk, collision=collision, share=self._share
+                    self.model, columns, vocab_chunk=self.vocab_chunk, collision=collision, way=self.way
                 )
             return plain_token_logprobs(self.model, columns, collision=collision)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,13 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import flex_attention as torch_flex
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import FalconConfig, Gemma2Config, MambaConfig
+from transformers import FalconConfig, Gemma2Config, LlamaConfig, MambaConfig
 
 from learners import flex_attention
 from learners.cpu_attention import Group
-from learners.logprobs import ChunkedLogprobs, check_packing, plain_token_logprobs, token_logprobs
-from learners.packed import ATTENTION, Packing, can_share, plan_packing
-from learners.policy import Policy, proves_flex
+from learners.logprobs import ChunkedLogprobs, check_flex, check_packing, plain_token_logprobs, token_logprobs
+from learners.packed import ATTENTION, Way, can_share, plan_packing
+from learners.policy import Policy
 from orchestrator.batching import pack_sequences
 from tests.learning import CONFIGS, VOCAB, make_model
 
@@ -61,15 +60,20 @@ def gradients(model, logprobs):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-WAYS = [(name, share) for name in CONFIGS for share in (False, True) if not share or can_share(packed_model(name))]
+WAYS = [
+    (name, way)
+    for name in CONFIGS
+    for way in (Way.ROWS, Way.GROUPS)
+    if way is Way.ROWS or can_share(packed_model(name))
+]
 
 
-@pytest.mark.parametrize(("name", "share"), WAYS)
+@pytest.mark.parametrize(("name", "way"), WAYS)
 @given(columns=packed_columns(), vocab_chunk=st.sampled_from([1, 7, 60, 61, 1000]))
 @settings(max_examples=20, deadline=None)
-def test_packed_equals_plain_with_gradients(name, share, columns, vocab_chunk):
+def test_packed_equals_plain_with_gradients(name, way, columns, vocab_chunk):
     model = packed_model(name)
-    packed = token_logprobs(model, columns, vocab_chunk=vocab_chunk, collision=True, share=share)
+    packed = token_logprobs(model, columns, vocab_chunk=vocab_chunk, collision=True, way=way)
     plain = plain_token_logprobs(model, columns, collision=True)
     torch.testing.assert_close(packed.log_collision, plain.log_collision, atol=1e-5, rtol=0)
     torch.testing.assert_close(packed.logprobs, plain.logprobs, atol=1e-5, rtol=1e-5)
@@ -109,7 +113,7 @@ def test_packing_layout_of_the_docstring():
     packing = plan_packing(columns, torch.device("cpu"))
     assert packing.positions.tolist() == [[0, 1, 2, 2, 3]]
     assert [rows.tolist() for rows in packing.rows] == [[[0, 1, 3, 4], [0, 1, 2, 0]]]
-    shared = plan_packing(columns, torch.device("cpu"), share=True)
+    shared = plan_packing(columns, torch.device("cpu"), way=Way.GROUPS)
     assert shared.positions.tolist() == packing.positions.tolist()
     assert shared.groups == (Group(prompt=slice(0, 2), completions=(slice(2, 3), slice(3, 5))),)
 
@@ -117,15 +121,15 @@ def test_packing_layout_of_the_docstring():
 def test_prompts_are_shared_where_slices_are_long_and_no_window_forbids_it(monkeypatch):
     planned = []
 
-    def noted(columns, device, *, share):
-        planned.append(share)
-        return plan_packing(columns, device, share=share)
+    def noted(columns, device, *, way):
+        planned.append(way)
+        return plan_packing(columns, device, way=way)
 
     monkeypatch.setattr("learners.packed.plan_packing", noted)
     long, short = ((tuple(range(9)) * 8, (1,) * length) for length in (60, 10))
     for name, sequences in (("llama", [long]), ("llama", [short]), ("mistral", [long])):
         token_logprobs(packed_model(name), pack_sequences(sequences)[0], vocab_chunk=16)
-    assert planned == [True, False, False]
+    assert planned == [Way.GROUPS, Way.ROWS, Way.ROWS]
 
 
 @pytest.fixture
@@ -138,38 +142,62 @@ def unfused(monkeypatch):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @given(columns=packed_columns())
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_flex_attention_of_shared_prompts_equals_rows(unfused, name, columns):
-    model, device = packed_model(name), torch.device("cpu")
-    packing = plan_packing(columns, device)
-    masked = Packing(
-        positions=packing.positions, rows=(), source=packing.source, mask=flex_attention.mask_of(columns, device)
-    )
-    found = []
-    for plan in (packing, masked):
-        with mock.patch("learners.packed.plan_packing", lambda *_, share, plan=plan: plan):
-            logprobs = token_logprobs(model, columns, vocab_chunk=16, share=False).logprobs
+    model, found = packed_model(name), []
+    for way in (Way.ROWS, Way.FLEX):
+        logprobs = token_logprobs(model, columns, vocab_chunk=16, way=way).logprobs
         found.append((logprobs.detach(), gradients(model, logprobs)))
     torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
 
 
-def test_flex_attention_skips_what_no_token_of_a_block_sees():
-    """Of two groups as long as a block each, neither sees the other."""
-    sequences = [((1,) * 100, (2,) * 14), ((1,) * 100, (3,) * 14), ((4,) * 120, (5,) * 8)]
-    mask = flex_attention.mask_of(pack_sequences(sequences)[0], torch.device("cpu"))
-    assert mask.kv_num_blocks.flatten().tolist() == [1, 1]
-    assert mask.to_dense()[0, 0].tolist() == [[1, 0], [0, 1]]
-
-
-@pytest.mark.parametrize(
-    ("name", "refused", "proved"),
-    [("llama", None, True), ("llama", "no such kernel", False), ("mistral", None, False)],
+@given(
+    prompts=st.lists(
+        st.tuples(
+            st.sampled_from([1, 60, 127, 128, 129]),
+            st.lists(st.sampled_from([1, 30, 128, 300]), min_size=1, max_size=3),
+        ),
+        min_size=1,
+        max_size=4,
+    )
 )
-def test_flex_attention_is_used_where_it_proves_right(monkeypatch, caplog, name, refused, proved):
-    monkeypatch.setattr("learners.policy.check_packing", lambda model, *, vocab_chunk, flex, seed: refused)
-    assert proves_flex(make_model(name), torch.device("cuda"), 16, 0) == proved
-    assert ("learner.flex_attention is left out" in caplog.text) == (not proved)
-    assert not proves_flex(make_model(name), torch.device("cpu"), 16, 0)
+@settings(max_examples=30)
+def test_blocks_of_flex_attention_are_those_whose_tokens_see_each_other(prompts):
+    sequences = [((number,) * length, (9,) * each) for number, (length, many) in enumerate(prompts) for each in many]
+    columns, _ = pack_sequences(sequences)
+    mask, size = flex_attention.mask_of(columns, torch.device("cpu")), -(-len(columns.tokens) // 128) * 128
+    dense = torch_flex.create_mask(mask.mask_mod, 1, 1, size, size, device="cpu")[0, 0]
+    blocks = dense.view(size // 128, 128, size // 128, 128).transpose(1, 2).flatten(2)
+    whole, part = blocks.all(-1), blocks.any(-1) & ~blocks.all(-1)
+    for expected, counts, order in (
+        (part, mask.kv_num_blocks, mask.kv_indices),
+        (whole, mask.full_kv_num_blocks, mask.full_kv_indices),
+    ):
+        for query, seen in enumerate(expected):
+            assert order[0, 0, query, : counts[0, 0, query]].tolist() == seen.nonzero().flatten().tolist()
+
+
+def test_flex_attention_is_compared_with_rows_before_it_is_used(unfused, monkeypatch):
+    """Wrong values, gradients and kernels that do not work are found out."""
+    model, attend = packed_model("llama"), flex_attention.attend
+
+    def refused():
+        return check_flex(model, vocab_chunk=16, dtype=torch.float32)
+
+    def blind(columns, device):
+        return torch_flex.create_block_mask(lambda b, h, q, k: q >= k, None, None, 1024, 1024, device=device)
+
+    assert refused() is None
+    assert "sliding window" in check_flex(packed_model("mistral"), vocab_chunk=16, dtype=torch.float32)
+    with monkeypatch.context() as patched:
+        patched.setattr(flex_attention, "mask_of", blind)
+        assert "its log-probs differ" in refused()
+    with monkeypatch.context() as patched:
+        patched.setattr(flex_attention, "attend", lambda q, k, v, *rest: attend(q, k.detach(), v, *rest))
+        assert "its gradients differ" in refused()
+    with monkeypatch.context() as patched:
+        patched.setattr(flex_attention, "_kernel", lambda: 1 / 0)
+        assert "ZeroDivisionError" in refused()
 
 
 def test_rows_of_different_length_do_not_share_a_bucket():
@@ -238,8 +266,8 @@ def test_check_refuses_a_model_whose_attention_looks_across_completions(monkeypa
     """A packing that lets each row begin with the previous completion must be noticed by the numbers."""
     model = packed_model("llama")
 
-    def shifted(columns, device, *, share):
-        packing = plan_packing(columns, device, share=share)
+    def shifted(columns, device, *, way):
+        packing = plan_packing(columns, device, way=way)
         return replace(packing, rows=tuple(rows.roll(1, 0) for rows in packing.rows))
 
     monkeypatch.setattr("learners.packed.plan_packing", shifted)
@@ -249,8 +277,8 @@ def test_check_refuses_a_model_whose_attention_looks_across_completions(monkeypa
 def test_check_refuses_prompts_that_are_shared_wrongly(monkeypatch):
     """The first completion of a group seen by all others."""
 
-    def leaky(columns, device, *, share):
-        packing = plan_packing(columns, device, share=share)
+    def leaky(columns, device, *, way):
+        packing = plan_packing(columns, device, way=way)
         groups = tuple(
             Group(prompt=slice(group.prompt.start, group.completions[0].stop), completions=group.completions[1:])
             for group in packing.groups
@@ -303,12 +331,11 @@ def test_activation_checkpointing_changes_nothing_but_what_is_computed_twice():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.3)])
-@pytest.mark.parametrize("flex", [False, True])
-def test_packed_equals_plain_on_cuda(name, dtype, tolerance, flex):
+def test_packed_equals_plain_on_cuda(name, dtype, tolerance):
     sequences = [((1, 2, 3), (4, 5, 6, 7)), ((1, 2, 3), (9, 8)), ((5,), (6,) * 30)]
     columns, _ = pack_sequences(sequences)
     model = packed_model(name, "cuda")
-    policy = Policy(model, dtype=dtype, vocab_chunk=16, flex=flex)
+    policy = Policy(model, dtype=dtype, vocab_chunk=16)
     assert policy.packing_refused is None
     packed, plain = policy(columns), plain_token_logprobs(model, columns).logprobs
     torch.testing.assert_close(packed, plain, atol=tolerance, rtol=tolerance)
@@ -316,3 +343,11 @@ def test_packed_equals_plain_on_cuda(name, dtype, tolerance, flex):
     for parameter, gradient in gradients(model, packed).items():
         scale = max(1.0, float(expected[parameter].abs().max()))
         assert float((gradient - expected[parameter]).abs().max()) <= tolerance * scale, parameter
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_flex_attention_is_used_on_cuda(dtype):
+    """Its kernels want heads as wide as these."""
+    config = LlamaConfig(**SMALL | {"hidden_size": 64, "num_attention_heads": 2}, intermediate_size=64)
+    assert Policy(make_model(config).to("cuda"), dtype=dtype, vocab_chunk=16, flex=True).way is Way.FLEX
