@@ -13,7 +13,7 @@ import sys
 SCRIPTS = (
     *("queue_bandwidth", "publication", "generation", "overlap", "growth", "search"),
     *("gemm_share", "learner_vs_trl", "tokens_per_second", "time_to_accuracy", "start_up"),
-    *("logprob_memory", "learner_throughput"),
+    *("logprob_memory", "learner_throughput", "compiled_layers"),
 )
 
 

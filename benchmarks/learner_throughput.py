@@ -33,9 +33,9 @@ from orchestrator.types import Completion, FinishReason, PolicyVersion, Preferen
 VERSION = PolicyVersion(number=0, digest="0" * 16)
 
 
-def make_batch(arguments: argparse.Namespace) -> PreferenceBatch:
+def make_batch(arguments: argparse.Namespace, seed: int = 0) -> PreferenceBatch:
     """Random tokens: each prompt has `completions` completions, the first against the second, and so on."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
 
     def tokens(length: int) -> tuple[int, ...]:
         return tuple(random.integers(0, arguments.vocabulary, length).tolist())
@@ -63,7 +63,8 @@ def make_batch(arguments: argparse.Namespace) -> PreferenceBatch:
             )
             for index in range(arguments.completions // 2)
         ]
-    return pack(pairs)
+    batch = pack(pairs)
+    return replace(batch, reference_logprobs=np.full(batch.num_completion_tokens, -10.0, np.float32))
 
 
 def make_policy(arguments: argparse.Namespace, device: str) -> Policy:
@@ -121,7 +122,6 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     policy = make_policy(arguments, device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-7)
     batch = make_batch(arguments)
-    batch = replace(batch, reference_logprobs=np.full(batch.num_completion_tokens, -10.0, np.float32))
     learner = LearnerConfig(micro_batch_tokens=arguments.micro_batch_tokens)
     runs: dict[str, list[tuple[float, float, float]]] = {"packed": [], "padded": []}
     for _ in range(arguments.repeats + 1):
@@ -152,8 +152,8 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def main() -> None:
-    """Measure, print and write."""
+def options() -> argparse.ArgumentParser:
+    """The model's and the batch's size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -164,7 +164,12 @@ def main() -> None:
     rest = {"micro-batch-tokens": 8192, "vocab-chunk": 4096, "threads": 2, "repeats": 3}
     for name, default in (defaults | shape | rest).items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Measure, print and write."""
+    arguments = options().parse_args()
     result = run(arguments)
     text = json.dumps(result, indent=2)
     if arguments.out:
