@@ -380,7 +380,7 @@ class Dispatch(Generic[Work, Result]):
         waiting = [slot for slot in self._pool.vacant if slot.name in self._queues]
         if not waiting:
             return
-        self._pool.fill_vacant(self._end - time.monotonic(), glance_s=0.0)
+        self._pool.fill_vacant(self._end - time.monotonic(), glance_s=0.0 if self._pending else _TICK_S)
         for slot in waiting:
             if slot.actor is not None:
                 self._idle[slot.name] = slot
