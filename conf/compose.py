@@ -25,7 +25,7 @@ from conf.validate import Problem, problems
 from orchestrator.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 CONFIG_FILE = "config.yaml"
 """Of a run folder: its whole configuration."""
@@ -98,24 +98,30 @@ def _compose(overrides: Sequence[str], config_file: Path | None) -> tuple[Config
     config = _to_config(tree)
     found = problems(config)
     if not found:
-        found = [*_without_effect(config, given, layers), *_groups_without_effect(config, choices, layers)]
+        without = unread(config)
+        found = [
+            *_without_effect(config, without, given, layers),
+            *_groups_without_effect(without, choices, layers),
+        ]
     if found:
         raise ConfigError("\n".join(f"{message}{_at(sources.get(key))}" for key, message in found))
     return config, sources
 
 
-def _without_effect(config: Config, given: Sequence[Setting], layers: Sequence[Setting]) -> Iterator[Problem]:
+def _without_effect(
+    config: Config, without: Mapping[str, str], given: Sequence[Setting], layers: Sequence[Setting]
+) -> Iterator[Problem]:
     """What was set on the command line to another value than it had, and is read by nothing."""
-    without = unread(config)
     values, before = flatten(asdict(config)), _values(layers)
     for key in dict.fromkeys(setting.key for setting in given):
         if key in without and values[key] != before[key]:
             yield Problem(key, f"{key}={values[key]}: {without[key]}: leave it out")
 
 
-def _groups_without_effect(config: Config, choices: Sequence[str], layers: Sequence[Setting]) -> Iterator[Problem]:
+def _groups_without_effect(
+    without: Mapping[str, str], choices: Sequence[str], layers: Sequence[Setting]
+) -> Iterator[Problem]:
     """Groups that were chosen on the command line, change something, and of which nothing is read."""
-    without = unread(config)
     for choice in choices:
         own = [key for key, _, source in layers if source.startswith(f"conf/{choice.replace('=', '/')}.yaml:")]
         if own and all(key in without for key in own):

@@ -6,9 +6,11 @@ a person sets is meant to change the run, and is refused where it cannot (`conf/
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import fields
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import cache
+from operator import attrgetter
+from typing import TYPE_CHECKING, NamedTuple
 
 from conf.judging import (
     TRAINED_KINDS,
@@ -46,22 +48,16 @@ def unread(config: Config) -> dict[str, str]:
     found: dict[str, str] = {}
     for rule in RULES:
         if not rule.read(config):
-            why = f"not read with {rule.decider}={_value(config, rule.decider)}, but with {rule.mend}"
+            why = f"not read with {rule.decider}={attrgetter(rule.decider)(config)}, but with {rule.mend}"
             for key in _matching(rule):
                 found.setdefault(key, why)
     return found
 
 
+@cache
 def _matching(rule: Rule) -> list[str]:
     patterns = rule.keys.split()
     return [key for key in knobs() if key != rule.decider and any(fnmatchcase(key, each) for each in patterns)]
-
-
-def _value(config: Config, key: str) -> Any:
-    value: Any = asdict(config)
-    for name in key.split("."):
-        value = value[name]
-    return value
 
 
 def _judges(*kinds: str) -> Callable[[Config], bool]:

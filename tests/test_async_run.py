@@ -37,16 +37,15 @@ def pairs_of(run_dir, iteration):
     ]
 
 
-def test_without_staleness_it_is_sync_bit_for_bit(folder):
-    runs = {"sync": REFERENCE | {"tracking": "disabled"}, "async": SETTINGS | {"pipeline__max_staleness": 0}}
-    for name, settings in runs.items():
-        assert do_run(folder, folder / name, **settings) == 0
-    left, right = (products(folder / name) for name in runs)
+def test_without_staleness_it_is_sync_bit_for_bit(reference_run, tmp_path):
+    run_dir = tmp_path / "async"
+    assert do_run(reference_run.parent / "inputs", run_dir, **SETTINGS | {"pipeline__max_staleness": 0}) == 0
+    left, right = products(reference_run), products(run_dir)
     for name, content in left.items():
         if name.endswith(".safetensors"):
             assert right[name] == content
     for iteration in (1, 2, 3):
-        assert pairs_of(folder / "sync", iteration) == pairs_of(folder / "async", iteration) != []
+        assert pairs_of(reference_run, iteration) == pairs_of(run_dir, iteration) != []
 
 
 @pytest.mark.parametrize("bound", [1, 2])
@@ -101,27 +100,23 @@ def test_a_signal_ends_it_at_once_and_resuming_loses_nothing(folder, tmp_path):
     assert audit(run_dir).findings == []
 
 
-def test_semi_online_ends_with_the_same_bytes_wherever_its_training_was_broken_off(folder, tmp_path, monkeypatch):
-    """Also behind more batches than the first waves give."""
+def test_semi_online_ends_with_the_same_bytes_where_its_training_was_broken_off(folder, tmp_path, monkeypatch):
+    """Behind more batches than the first waves give. (`test_chaos.py` breaks it off before.)"""
     chosen = {"pipeline__mode": "semi_online", "learner__schedule": "constant", "learner__checkpoint_steps": 1}
     settings = REFERENCE | chosen | {"tracking": "disabled", "pipeline__iterations": 2}
     assert do_run(folder, tmp_path / "whole", **settings) == 0
     with LedgerReader(tmp_path / "whole") as ledger:
         of_first = ledger.db.execute("SELECT COUNT(*) FROM batches WHERE iteration = 1").fetchone()[0]
     run_dir, acknowledge = tmp_path / "broken", Training._acknowledge
-    for stop_at in (2, of_first):
-        with monkeypatch.context() as patched:
 
-            def acknowledge_and_stop(self, record, results, stop_at=stop_at):
-                acknowledge(self, record, results)
-                if (record.iteration, record.batches) == (1, stop_at):
-                    raise KeyboardInterrupt
+    def acknowledge_and_stop(self, record, results):
+        acknowledge(self, record, results)
+        if (record.iteration, record.batches) == (1, of_first):
+            raise KeyboardInterrupt
 
-            patched.setattr(Training, "_acknowledge", acknowledge_and_stop)
-            if run_dir.exists():
-                assert run(compose([], run_dir / "config.yaml"), resume=run_dir) == 130
-            else:
-                assert do_run(folder, run_dir, **settings) == 130
+    with monkeypatch.context() as patched:
+        patched.setattr(Training, "_acknowledge", acknowledge_and_stop)
+        assert do_run(folder, run_dir, **settings) == 130
     assert run(compose([], run_dir / "config.yaml"), resume=run_dir) == 0
     assert audit(run_dir).findings == []
     assert products(run_dir) == products(tmp_path / "whole")

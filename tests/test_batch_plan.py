@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 
 import pytest
 from hypothesis import given
@@ -22,10 +23,16 @@ def made(number):
     return replace(whole, id=str(number), prompt=replace(whole.prompt, id=str(number // 3), token_ids=(1, number // 3)))
 
 
+@cache
+def config_of(epochs, loss):
+    return compose([f"learner.batch_pairs={SIZE}", f"learner.epochs={epochs}", f"loss={loss}", "seed=5"])
+
+
 def plan_of(parts, epochs=1, loss="dpo"):
-    config = compose([f"learner.batch_pairs={SIZE}", f"learner.epochs={epochs}", f"loss={loss}", "seed=5"])
     noted = []
-    plan = BatchPlan(config, 2, iter(parts), lambda iteration, found: noted.append((iteration, [*map(list, found)])))
+    plan = BatchPlan(
+        config_of(epochs, loss), 2, iter(parts), lambda iteration, found: noted.append((iteration, [*map(list, found)]))
+    )
     return plan, noted
 
 

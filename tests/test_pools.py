@@ -236,7 +236,7 @@ def test_a_pool_of_which_nobody_is_left_gives_up(ray_cluster, tmp_path):
 
     pool, _ = make_pool(tmp_path, 1, make=make)
     kind["now"], pool._start_deadline_s = Waiting, 1
-    with pytest.raises(PoolError, match=r"worker-0 could not be replaced, and nobody else is left: .*start_deadline_s"):
+    with pytest.raises(PoolError, match=r"workers could not be replaced, and nobody is left: .*start_deadline_s"):
         work(pool, [-1])
 
 

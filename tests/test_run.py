@@ -26,7 +26,7 @@ from orchestrator.errors import ConfigError, DeadlineError, ModelError
 from orchestrator.ledger import LedgerReader
 from orchestrator.rollouts import Rollouts
 from orchestrator.store import read_pairs, read_rollouts
-from tests.runs import do_run, overrides
+from tests.runs import REFERENCE, do_run, overrides
 
 # Two engines, so that one can be lost or wrong beside another, and long enough that something can happen on the way.
 TWO = {"generator__num_actors": 2}
@@ -201,9 +201,9 @@ def stop(process, number, at_least=4):
     return error
 
 
-def test_signals_stop_at_once_and_resume_ends_as_if_nothing_had_happened(folder, finished, tmp_path):
+def test_signals_stop_at_once_and_resume_ends_as_if_nothing_had_happened(reference_run, tmp_path):
     run_dir = tmp_path / "interrupted"
-    process = agon("run", *overrides(folder, run_dir, **LONG), stderr=subprocess.PIPE)
+    process = agon("run", *overrides(reference_run.parent / "inputs", run_dir, **REFERENCE), stderr=subprocess.PIPE)
     wait_for(run_dir, process, lambda ledger: any(done.iteration >= 1 for done in ledger.finished()))
     assert f"run --resume {run_dir}" in stop(process, signal.SIGINT)
     status = agon("status", run_dir, stdout=subprocess.PIPE).communicate(timeout=60)[0]
@@ -214,8 +214,8 @@ def test_signals_stop_at_once_and_resume_ends_as_if_nothing_had_happened(folder,
     wait_for(run_dir, process, lambda ledger: any(phase.started > resumed for phase in ledger.phases()))
     stop(process, signal.SIGTERM)
     assert agon("run", "--resume", run_dir).wait(timeout=300) == 0
-    assert pairs_of(run_dir) == pairs_of(finished)
-    assert weights_of(run_dir) == weights_of(finished)
+    assert pairs_of(run_dir) == pairs_of(reference_run)
+    assert weights_of(run_dir) == weights_of(reference_run)
     assert audit(run_dir).findings == []
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     evaluated = [line["iteration"] for line in lines if "eval/greedy_value" in line]
