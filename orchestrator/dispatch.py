@@ -118,10 +118,9 @@ class Dispatch(Generic[Work, Result]):
 
     def run(self, on_tick: Callable[[], None] | None, tick_s: float) -> list[Result | Poisoned]:
         """Works until every item has its result."""
-        living = self._pool.living
-        if self._work and not living:
-            raise PoolError(f"{self._what}: nobody is left in the pool of {self._pool.role}s")
-        self._spread(range(len(self._work)), living)
+        if not self._work:
+            return []
+        self._spread(range(len(self._work)), self._workers())
         ticks = Pace(tick_s)
         with waiting(what=self._what, knob=self._knob, deadline_s=self._deadline_s, refs=self._pending):
             while self._dispatch():
@@ -393,14 +392,18 @@ class Dispatch(Generic[Work, Result]):
         if share.alone:
             self._queue_alone(share)
         else:
-            self._spread(share.positions, self._free() or self._pool.living)
+            self._spread(share.positions, self._free() or self._workers())
 
     def _queue_alone(self, share: Share) -> None:
         """Queues a share where it comes soonest."""
-        slots = self._free() or sorted(self._pool.living, key=lambda slot: len(self._queues.get(slot.name, ())))
-        if not slots:
-            raise PoolError(f"{self._what}: nobody is left in the pool of {self._pool.role}s")
+        slots = self._free() or sorted(self._workers(), key=lambda slot: len(self._queues.get(slot.name, ())))
         self._queue(slots[0], share)
+
+    def _workers(self) -> list[Slot]:
+        """The slots that live, of which there must be one."""
+        if not (living := self._pool.living):
+            raise PoolError(f"{self._what}: nobody is left in the pool of {self._pool.role}s")
+        return living
 
     def _free(self) -> list[Slot]:
         """Slots that have nothing in work and nothing waiting."""

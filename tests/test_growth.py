@@ -176,6 +176,7 @@ def test_where_nobody_is_idle_a_dead_ones_work_is_done_by_whoever_can_first(star
 
 def test_a_pool_of_one_waits_for_its_successor(start):
     world, pool, _ = start(1)
+    assert ask(pool, []) == []
     world.after(1.0, pool.slots[0].actor.end)
     assert None not in ask(pool, list(range(4)), speculation=speculation(0.1))
     assert len(pool.living) == 1
