@@ -17,7 +17,7 @@ node was lost or an actor could not be reached, nothing is held against the work
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, ObjectLostError, OutOfMemoryError, RayTaskError
 
+from orchestrator.blame import Blame
 from orchestrator.errors import ActorLostError, DeadlineError, FailureKind, PoolError
 from orchestrator.events import EventKind
 from orchestrator.pace import Pace
@@ -36,6 +37,7 @@ from orchestrator.waits import check_wanted, waiting
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from orchestrator.blame import Poisoned
     from orchestrator.events import Emit
     from orchestrator.pools import ActorPool
     from orchestrator.slots import Slot
@@ -48,22 +50,6 @@ _TICK_S = 0.5
 _LOOKS = 50
 """Answers are waited for until one in so many has come: all that are missing are looked at each time."""
 _SIGN_OF_LIFE_S = 1.0
-_SUSPECT_DEATHS = 2
-"""From so many deaths on, a key is given to a worker alone: one by one takes long, and one death may be chance."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Poisoned:
-    """In place of a result: work that kills whoever does it.
-
-    Example: ``Poisoned(key="addition/train/17", deaths=3, last_words="Worker exit type: SYSTEM_ERROR ...")``
-    """
-
-    key: str
-    deaths: int
-    """Workers that died while it was in work; the last of them had nothing else."""
-    last_words: str
-    """Of that last one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,10 +97,7 @@ class Dispatch(Generic[Work, Result]):
         self._stragglers = Stragglers(speculation.share if speculation else 0.0, len(work))
         self._twice: set[Any] = set()
         """References of shares whose items others are asked for as well."""
-        self._deaths: Counter[str] = Counter()
-        self._charged: list[frozenset[str]] = []
-        """The suspects of each death that the restart budget has paid for."""
-        self._poisoned: dict[str, Poisoned] = {}
+        self._blame = Blame(keys)
 
     def run(self, on_tick: Callable[[], None] | None, tick_s: float) -> list[Result | Poisoned]:
         """Works until every item has its result."""
@@ -195,10 +178,9 @@ class Dispatch(Generic[Work, Result]):
 
         A worker that was dead before it was asked would be held against the work.
         """
-        share = self._queues[slot.name][0]
-        if slot.actor is None or not (share.alone or self._suspected(share)):
-            return slot.actor is not None
-        actor = slot.actor
+        share, actor = self._queues[slot.name][0], slot.actor
+        if actor is None or not (share.alone or self._blame.is_suspected(share.positions)):
+            return actor is not None
         try:
             ray.get(actor.ready.remote(), timeout=_SIGN_OF_LIFE_S)
         except GetTimeoutError:
@@ -223,20 +205,15 @@ class Dispatch(Generic[Work, Result]):
 
     def _give_out_again(self) -> None:
         """Asks idle workers for what is late."""
-        idle = self._idlers() if self._may_copy() else []
-        late = self._stragglers.late(self._pending, time.monotonic(), len(idle), self._suspected) if idle else []
+        if self._speculation is None or not self._pending or self._queues or not (idle := self._idlers()):
+            return
+        late = self._stragglers.late(self._pending, time.monotonic(), len(idle), self._blame.is_suspected)
         for number, ref in enumerate(late):
             self._copy(ref, idle[number :: len(late)])
-
-    def _may_copy(self) -> bool:
-        return self._speculation is not None and bool(self._pending) and not self._queues
 
     def _in_work_twice(self) -> set[int]:
         """Items whose answer others owe as well."""
         return {position for ref in self._twice for position in self._pending[ref].share.positions}
-
-    def _suspected(self, share: Share) -> bool:
-        return self._keys is not None and any(self._keys[position] in self._deaths for position in share.positions)
 
     def _copy(self, ref: Any, idle: Sequence[Slot]) -> None:
         """Gives what a late worker has to others as well, key by key."""
@@ -244,9 +221,7 @@ class Dispatch(Generic[Work, Result]):
         asked = [
             (slot, part) for slot, part in zip(idle, self._deal(given.share.positions, len(idle)), strict=True) if part
         ]
-        self._twice.add(ref)
-        for slot, part in asked:
-            self._twice.add(self._give(slot, Share(positions=part, is_copy=True)))
+        self._twice |= {ref, *(self._give(slot, Share(positions=part, is_copy=True)) for slot, part in asked)}
         others = ", ".join(slot.name for slot, _ in asked)
         text = f"{given.slot} takes more than twice as long as most: {others} has been asked for its work as well"
         self._emit(told(given.slot, EventKind.MOVED, text))
@@ -273,9 +248,9 @@ class Dispatch(Generic[Work, Result]):
         """
         dead: list[_Lost] = []
         while lost := self._take_ready():
-            self._charged += [death.suspects for death in lost]
+            self._blame.charge(death.suspects for death in lost)
             for death in lost:
-                if death.share.alone and death.suspects - self._poisoned.keys():
+                if death.share.alone and death.suspects and not self._blame.found_out(death.suspects):
                     self._quarantine(death)
             self._replace([(death.slot, death.actor, death.error) for death in lost])
             dead += lost
@@ -334,21 +309,19 @@ class Dispatch(Generic[Work, Result]):
         suspects = frozenset[str]()
         self._pool.report_lost(slot, actor, words, self._what)
         if self._keys is not None and by_itself and _node_lives(slot):
-            keys = frozenset(self._keys[position] for position in share.positions)
-            if keys & self._poisoned.keys():  # it was in work here as well when it was found out elsewhere
+            keys = self._blame.keys_of(share.positions)
+            if self._blame.found_out(keys):  # it was in work here as well when it was found out elsewhere
                 self._pool.forgive(1)
             else:
                 suspects = keys
-                self._deaths.update(keys)
+                self._blame.suspect(keys)
         return _Lost(slot=slot, actor=actor, share=share, error=words, suspects=suspects)
 
     def _quarantine(self, death: _Lost) -> None:
         """Sets a key aside, and gives back the deaths that it had a part in."""
         (key,) = death.suspects
-        poisoned = Poisoned(key=key, deaths=self._deaths[key], last_words=str(death.error))
-        self._poisoned[key] = poisoned
-        self._pool.forgive(sum(key in suspects for suspects in self._charged))
-        self._charged = [suspects for suspects in self._charged if key not in suspects]
+        poisoned, forgiven = self._blame.set_aside(key, str(death.error))
+        self._pool.forgive(forgiven)
         text = (
             f"{key} is set aside: {death.slot} died as it worked on nothing else, after {poisoned.deaths - 1} that"
             f" had it among their work. Last words: {poisoned.last_words}"
@@ -365,7 +338,7 @@ class Dispatch(Generic[Work, Result]):
                 if position in asked:
                     continue
                 asked.add(position)
-                if self._keys is not None and self._deaths[self._keys[position]] >= _SUSPECT_DEATHS:
+                if self._keys is not None and self._blame.goes_alone(position):
                     alone.setdefault(self._keys[position], []).append(position)
                 else:
                     rest.append(position)
@@ -416,7 +389,7 @@ class Dispatch(Generic[Work, Result]):
     def _open(self, positions: Iterable[int]) -> tuple[int, ...]:
         """The items that have no result yet; those that are set aside get their word in place of one."""
         for position in positions:
-            if self._keys is not None and (found := self._poisoned.get(self._keys[position])):
+            if found := self._blame.word_on(position):
                 self._results[position] = found
         return tuple(position for position in positions if self._results[position] is None)
 

@@ -30,7 +30,7 @@ from orchestrator.waits import Peer, forget, introduce
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from orchestrator.dispatch import Poisoned
+    from orchestrator.blame import Poisoned
     from orchestrator.events import Emit
     from orchestrator.speculation import Speculation
 

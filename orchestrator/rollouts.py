@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import ray
 
 from conf.pipeline import grows_old
-from orchestrator.dispatch import Poisoned
+from orchestrator.blame import Poisoned
 from orchestrator.remote import DEATHS
 from orchestrator.seeds import derive_seed
 from orchestrator.speculation import Speculation

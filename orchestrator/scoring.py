@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actors.judges.reliability import Reliability
-from orchestrator.dispatch import Poisoned
+from orchestrator.blame import Poisoned
 from orchestrator.errors import JudgeError
 from orchestrator.prompts import Renderer
 from orchestrator.tally import Tally

@@ -73,7 +73,7 @@ class Stragglers:
         insort(self._taken_s, seconds)
 
     def late(
-        self, pending: Mapping[Any, Given], now: float, most: int, suspected: Callable[[Share], bool]
+        self, pending: Mapping[Any, Given], now: float, most: int, suspected: Callable[[Sequence[int]], bool]
     ) -> Sequence[Any]:
         """References of at most so many shares that are late and not copied yet; they count as copied now.
 
@@ -89,7 +89,7 @@ class Stragglers:
                 break
             if now - given.since <= limit_s or given.is_copied or share.is_copy or share.alone:
                 continue
-            if len(share.positions) <= self._left and not suspected(share):
+            if len(share.positions) <= self._left and not suspected(share.positions):
                 self._left -= len(share.positions)
                 given.is_copied = True
                 found.append(ref)

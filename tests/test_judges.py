@@ -24,7 +24,7 @@ from actors.judges.reliability import (
     truth_figures,
 )
 from conf.schema import JudgeConfig, ScorerConfig
-from orchestrator.dispatch import Poisoned
+from orchestrator.blame import Poisoned
 from orchestrator.errors import ConfigError, JudgeError
 from orchestrator.scoring import PooledJudge
 from orchestrator.tally import Tally

@@ -31,6 +31,7 @@ LAYERS = [
             *("orchestrator.remote", "orchestrator.queues", "orchestrator.pools", "orchestrator.weights"),
             *("orchestrator.dispatch", "orchestrator.slots", "orchestrator.stacks", "orchestrator.startup"),
             "orchestrator.pace",
+            "orchestrator.blame",
             "orchestrator.speculation",
             *("orchestrator.shared_memory", "orchestrator.spans"),
             *("orchestrator.store", "orchestrator.connection", "orchestrator.ledger*", "orchestrator.tracking"),

@@ -12,7 +12,7 @@ from conf.compose import compose
 from conf.schema import TaskConfig
 from orchestrator.accounts import Accounts
 from orchestrator.archive import Archive
-from orchestrator.dispatch import Poisoned
+from orchestrator.blame import Poisoned
 from orchestrator.evaluation import accuracy, evaluate
 from orchestrator.events import EventKind, ignore
 from orchestrator.iteration import keep_answers

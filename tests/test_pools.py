@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import ray
 
-from orchestrator.dispatch import Poisoned
+from orchestrator.blame import Poisoned
 from orchestrator.errors import ConfigError, DeadlineError, PoolError, WeightsLostError
 from orchestrator.events import EventKind
 from orchestrator.pools import ActorPool
