@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.learner_vs_trl import COMMON, PACKAGES, ROOT, make_model, make_pairs
 from benchmarks.report import Comparison, in_turn, of_medians, report
 from benchmarks.sides import Side
-from launch.placement import KEEPS_MEMORY
+from launch.environment import KEEPS_MEMORY
 
 
 def main() -> int:

@@ -23,7 +23,7 @@ from actors.generator import Generator
 from benchmarks.models import VOCABULARY, make_llama
 from benchmarks.report import Comparison, in_turn, of_medians, report, seconds
 from benchmarks.sides import Side
-from launch.placement import LARGE_PAGES
+from launch.environment import LARGE_PAGES
 from orchestrator.pools import ActorPool
 from orchestrator.types import Completion, GenerationRequest, PolicyVersion, SamplingParams
 

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file
 from benchmarks.models import VOCABULARY, make_llama
 from benchmarks.report import Comparison, in_turn, of_medians, report
 from benchmarks.sides import Side, tuned
-from launch.placement import KEEPS_MEMORY
+from launch.environment import KEEPS_MEMORY
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers")

@@ -30,7 +30,8 @@ from actors.generator import Generator
 from benchmarks.models import make_llama
 from benchmarks.report import Comparison, in_turn, of_medians, report, seconds
 from conf.compose import compose
-from launch.placement import KEEPS_MEMORY, start_learner, start_ray
+from launch.environment import KEEPS_MEMORY
+from launch.placement import start_learner, start_ray
 from launch.wiring import PROBE_TOKENS
 from orchestrator.types import PolicyVersion
 from orchestrator.weights import copy_and_sum_up

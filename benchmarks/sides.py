@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 from typing import TYPE_CHECKING, Self
 
-from launch.placement import KEEPS_MEMORY
+from launch.environment import KEEPS_MEMORY
 from learners.products import use_fastest_products
 
 if TYPE_CHECKING:

@@ -3,8 +3,8 @@
     python -m benchmarks.start_up
 
 The run is the one of `time_to_accuracy`. Nobody computes for it yet: the time goes to Python's imports (torch and
-transformers in the learner and in the generator, at once) and to Ray's own processes. The ratio is how much of what all
-cores could have done in that time was done.
+transformers in the fork server, Ray in each actor) and to Ray's own processes. The ratio is how much of what all cores
+could have done in that time was done.
 """
 
 from __future__ import annotations
@@ -28,8 +28,14 @@ from orchestrator.ledger import LedgerReader
 from orchestrator.tasks.addition import AdditionTask
 
 REPETITIONS = 5
-ROLES = {"Learner": "learner", "Generator": "generator", "ScorerActor": "scorer", "QueueActor": "queue"}
-"""Class of an actor -> role. Ray names a worker's process after it once it is up."""
+ROLES = {
+    "ray::Learner": "learner",
+    "ray::Generator": "generator",
+    "ray::ScorerActor": "scorer",
+    "ray::QueueActor": "queue",
+    "launch.fork_server": "fork server",
+}
+"""What a process is called -> role. Ray names a worker after its actor's class once it is up."""
 INTERVAL_S = 0.05
 
 Snapshot = tuple[float, dict[psutil.Process, float]]
@@ -52,8 +58,7 @@ def watch(command: list[str]) -> tuple[list[Snapshot], dict[psutil.Process, str]
                 with suppress(psutil.NoSuchProcess):
                     taken[one] = _processor_seconds(one)
                     title = " ".join(one.cmdline())
-                    role = next((role for name, role in ROLES.items() if title.startswith(f"ray::{name}")), None)
-                    names[one] = role or names[one]
+                    names[one] = next((role for name, role in ROLES.items() if name in title), names[one])
             taken[driver] = _processor_seconds(driver)
         snapshots.append((time.time(), dict(taken)))
         time.sleep(INTERVAL_S)

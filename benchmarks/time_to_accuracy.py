@@ -45,7 +45,7 @@ AGON = [
     *("pipeline.iterations=32", "pipeline.prompts_per_iteration=64", "generator.samples_per_prompt=4"),
     *("pairing.max_pairs=2", "loss.beta=0.001", "loss.sft_weight=1.0"),
     *("learner.lr=1.5e-4", "learner.batch_pairs=8", "learner.warmup_steps=0", "learner.num_threads=1"),
-    *("generator=transformers", "generator.num_actors=1", "cluster.num_cpus=3"),
+    *("generator=transformers", "generator.num_actors=2", "cluster.num_cpus=4"),
 ]
 """The best settings found, as for TRL."""
 TRL = {"prompts": 32, "lr": 1e-4, "beta": 0.3, "steps": 400, "save_every": 5, "threads": 2, "max_tokens": MAX_TOKENS}

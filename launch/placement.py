@@ -16,6 +16,8 @@ from actors.generator import Generator
 from actors.scorer import ScorerActor
 from conf.judging import cpus_needed, has_own_judge, own_language_model, pooled_kinds
 from launch.children import children, end_children
+from launch.environment import KEEPS_MEMORY, LARGE_PAGES, QUIET, threads
+from launch.fork_server import forked
 from launch.model_files import find_model, folder_version
 from learners.learner import Learner
 from orchestrator.errors import DeadlineError
@@ -25,30 +27,16 @@ from orchestrator.rollouts import Roles
 from orchestrator.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from conf.schema import Config, JudgeConfig, ScorerConfig
     from orchestrator.events import Emit
     from orchestrator.learning import Learning
     from orchestrator.types import PolicyVersion, SeedSequence
 
-_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
-
 _TRIES = 3
 """To start a Ray of this run's own, which gives itself 30 s: too few where the machine is busy."""
 _LATE = ("timed out during startup", "Timed out waiting for file")
-
-LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.cpu.x86_non_temporal_threshold=0x80000"}
-"""For glibc 2.35 or later, whose weights are read and written from end to end: memory in pages of 2 MB where the system
-has them on demand, and copies of half a MB or more past the cache. glibc would fill the cache that all cores share."""
-
-KEEPS_MEMORY = {
-    **LARGE_PAGES,
-    **dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(1 << 30)),
-    "MALLOC_ARENA_MAX": "1",  # an actor's calls run in threads, whose own arenas hold no more than 64 MiB
-}
-"""For glibc: a step's large temporaries stay with the process. Given back to the system and cleared anew each time they
-cost a tenth to a third of the step."""
 
 
 def start_ray(config: Config) -> None:
@@ -57,7 +45,7 @@ def start_ray(config: Config) -> None:
     Raises:
         DeadlineError: neither could be done in the time that Ray gives itself.
     """
-    os.environ |= _QUIET
+    os.environ |= QUIET
     address, before = config.cluster.address, children()
     for tries_left in reversed(range(1 if address else _TRIES)):
         try:
@@ -211,9 +199,7 @@ def _start_generator(
         "weight_transport": config.cluster.weight_transport,
         "seed": derive_seed(config.seed, name, index),
     }
-    environment = _environment(max(1, int(generator.cpus_per_actor)))
-    if not generator.gpus_per_actor:
-        environment["env_vars"] |= LARGE_PAGES
+    environment = _environment(max(1, int(generator.cpus_per_actor)), generator.gpus_per_actor, LARGE_PAGES)
     actor = actor_class(Generator).options(
         num_cpus=generator.cpus_per_actor, num_gpus=generator.gpus_per_actor, runtime_env=environment
     )
@@ -222,14 +208,13 @@ def _start_generator(
 
 def _start_scorer(name: str, scorer: ScorerConfig, judge: JudgeConfig) -> Any:
     gpus = 0 if scorer.kind == "verifier" else judge.gpus_per_actor
-    threads = max(1, int(scorer.cpus_per_actor))
     # One call at a time runs in the main thread, the only one that math-verify can break off (by a signal).
     alone = scorer.kind == "verifier" and scorer.verifier == "math"
     actor = actor_class(ScorerActor).options(
         num_cpus=scorer.cpus_per_actor,
         num_gpus=gpus,
         max_concurrency=1 if alone else 2,
-        runtime_env=_environment(threads),
+        runtime_env=_environment(max(1, int(scorer.cpus_per_actor)), gpus),
     )
     return actor.remote(name, scorer, judge)
 
@@ -246,9 +231,7 @@ def start_learner(
         seeds: seed data that the learner replays.
     """
     learner = config.learner
-    environment = _environment(learner.num_threads)
-    if not learner.gpus:
-        environment["env_vars"] |= KEEPS_MEMORY
+    environment = _environment(learner.num_threads, learner.gpus, KEEPS_MEMORY)
     actor = actor_class(Learner).options(
         num_cpus=learner.cpus, num_gpus=learner.gpus, max_concurrency=4, runtime_env=environment
     )
@@ -267,6 +250,9 @@ def start_learner(
     )
 
 
-def _environment(threads: int) -> dict[str, Any]:
-    """Environment of an actor's process: thread pools are sized before their libraries are loaded."""
-    return {"env_vars": {**_QUIET, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}}
+def _environment(count: int, gpus: float, without_gpus: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Ray's `runtime_env` of an actor with threads and GPUs: how its process is made, and what that finds set."""
+    variables = QUIET | threads(count)
+    if gpus:
+        return {"env_vars": variables}
+    return {"env_vars": variables | dict(without_gpus or {}), **forked()}

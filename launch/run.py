@@ -28,6 +28,7 @@ from conf.compose import compose, flatten, resolved_yaml
 from launch.children import children, end_children
 from launch.console import make_console
 from launch.export import export
+from launch.fork_server import fork_server
 from launch.initial_model import prepare_initial_model
 from launch.judge_models import check_judge_model, prepare_judge_model
 from launch.model_files import find_model, fingerprint
@@ -81,6 +82,11 @@ def run(config: Config, resume: Path | None = None) -> int:
     """
     config = _with_absolute_paths(config)
     check_judge_model(config)
+    with fork_server(config):
+        return _begin(config, resume)
+
+
+def _begin(config: Config, resume: Path | None) -> int:
     inputs = preflight(config, resume=resume)
     run_dir, identity = inputs.run_dir, _identity(config, inputs.verifier)
     with RunLock(run_dir), Ledger(run_dir) as ledger:

@@ -205,6 +205,7 @@ def test_signals_stop_at_once_and_resume_ends_as_if_nothing_had_happened(referen
     run_dir = tmp_path / "interrupted"
     process = agon("run", *overrides(reference_run.parent / "inputs", run_dir, **REFERENCE), stderr=subprocess.PIPE)
     wait_for(run_dir, process, lambda ledger: any(done.iteration >= 1 for done in ledger.finished()))
+    assert parents_of(process, "Generator", "Learner") == {"launch.fork_server"}
     assert f"run --resume {run_dir}" in stop(process, signal.SIGINT)
     status = agon("status", run_dir, stdout=subprocess.PIPE).communicate(timeout=60)[0]
     assert "interrupted" in status
@@ -274,6 +275,12 @@ def test_signals_do_nothing_from_the_end_of_a_run_until_its_last_word():
             os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def parents_of(process, *actors):
+    """Which modules the processes are that Ray's workers of some actors were started by."""
+    found = [(one.parent().cmdline(), one.cmdline()[0]) for one in psutil.Process(process.pid).children(recursive=True)]
+    return {parent[-2] for parent, title in found if title.startswith(tuple(f"ray::{name}" for name in actors))}
 
 
 def names_of_children(process):
