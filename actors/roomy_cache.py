@@ -48,14 +48,18 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps these rows, in this order; those that are where they should be are not touched."""
-        if self._rooms is not None:
-            length, places = self.get_seq_length(), torch.arange(len(indices), device=indices.device)
+        """Keeps these rows, in this order and as often; those that are where they should be are not touched."""
+        if self._rooms is None:
+            return
+        length, places = self.get_seq_length(), torch.arange(len(indices), device=indices.device)
+        if len(indices) > len(self._rooms[0]):
+            self._rooms = self._rooms[0][indices], self._rooms[1][indices]
+        else:
             moved = places[indices != places]
             for room in self._rooms:
                 room[moved] = room[indices[moved]]
             self._rooms = self._rooms[0][: len(indices)], self._rooms[1][: len(indices)]
-            self._show(length)
+        self._show(length)
 
     def _show(self, length: int) -> None:
         assert self._rooms is not None

@@ -198,14 +198,22 @@ class TransformersEngine:
         return None if held is None else Held(held, held.detach())
 
     def _prefill(self) -> torch.Tensor:
-        """Runs prompts and the tokens they have so far, padded on the left. Returns logits [B, V] of the last."""
-        sequences = [[*row.request.prompt_token_ids, *row.token_ids] for row in self._rows]
+        """Runs prompts and the tokens they have so far, padded on the left. Returns logits [B, V] of the last.
+
+        Rows that are alike, as all completions of a prompt begin, are run as one.
+        """
+        sequences = [(*row.request.prompt_token_ids, *row.token_ids) for row in self._rows]
+        places = {sequence: place for place, sequence in enumerate(dict.fromkeys(sequences))}
         width = max(map(len, sequences))
-        tokens = torch.tensor([[0] * (width - len(sequence)) + sequence for sequence in sequences], device=self._device)
-        lengths = torch.tensor([len(sequence) for sequence in sequences], device=self._device)
+        tokens = torch.tensor([[0] * (width - len(sequence)) + [*sequence] for sequence in places], device=self._device)
+        lengths = torch.tensor([len(sequence) for sequence in places], device=self._device)
         self._mask = (torch.arange(width, device=self._device) >= width - lengths[:, None]).long()
         self._cache = roomy_cache(self._model.config)
-        return self._forward(tokens, (self._mask.cumsum(1) - 1).clamp(min=0))
+        logits = self._forward(tokens, (self._mask.cumsum(1) - 1).clamp(min=0))
+        spread = torch.tensor([places[sequence] for sequence in sequences], device=self._device)
+        self._cache.batch_select_indices(spread)
+        self._mask = self._mask[spread]
+        return logits[spread]
 
     def _decode(self) -> torch.Tensor:
         """Runs the newest token of each row. Returns its logits [B, V]."""

@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 
 from actors import vllm_engine
 from actors.engines import build_engine
+from actors.transformers_engine import TransformersEngine
 from orchestrator.errors import ConfigError, ModelError
 from orchestrator.types import FinishReason, GenerationRequest, SamplingParams
 from orchestrator.weights import checksums, pack, unpack
@@ -141,6 +142,21 @@ def test_a_seed_decides_the_completion_whatever_rides_along(subject):
     joined = subject.drain(requests, early)
     assert [output.token_ids for output in joined] == [output.token_ids for output in alone]
     assert len({output.token_ids for output in alone}) == len(PROMPTS)
+
+
+def test_completions_of_a_prompt_share_its_forward_pass(subject, monkeypatch):
+    """vLLM's own cache does this: `test_keys_and_values_are_used_again_within_a_scope_only`."""
+    if not isinstance(subject.engine, TransformersEngine):
+        pytest.skip("another engine")
+    subject.use(0)
+    model, rows = subject.engine._model, []
+    prefix = PROMPTS[1]
+    requests = requests_for([prefix, prefix[:3], prefix, prefix, prefix[:3]])
+    alone = [subject.run([request])[0].token_ids for request in requests]
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda **given: rows.append(len(given["input_ids"])) or forward(**given))
+    assert [output.token_ids for output in subject.run(requests)] == alone
+    assert rows[0] == 2
 
 
 def test_greedy_takes_the_most_likely_token(subject):
