@@ -25,6 +25,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +45,7 @@ PRELOADED = ("learners.saving", "learners.trainer", "actors.transformers_engine"
 
 _CLIENT = Path(__file__).with_name("fork_client.py")
 _PATIENCE_S = 5.0
-"""For a request to come in whole."""
+"""For a request to come in whole, and for a thread to be gone."""
 _ENVIRONMENT = {
     **QUIET,
     **LARGE_PAGES,
@@ -51,6 +53,7 @@ _ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",  # nor one that has looked for GPUs
     "TORCH_COMPILE_DISABLE": "1",  # read by torch as it is imported; vLLM's engine wants it on CPUs
 }
+_NICE = 10
 _MALLOPT = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_MMAP_THRESHOLD_": -3, "MALLOC_ARENA_MAX": -8}
 """Numbers of glibc's malloc.h for what it reads from the environment as a program starts."""
 _socket: Path | None = None
@@ -96,11 +99,14 @@ def forked() -> dict[str, str]:
 
 def _serve(listener: socket.socket) -> tuple[dict[str, Any], list[int]]:
     """Forks a process for each request; returns in the forks, with the request and its files."""
-    with uncollected():
-        for module in PRELOADED:
-            importlib.import_module(module)
-    if (count := len(os.listdir("/proc/self/task"))) > 1:
-        raise RuntimeError(f"{count - 1} threads were started by imports: actors import for themselves")
+    behind = threading.Thread(target=_import)
+    behind.start()
+    behind.join()
+    end = time.monotonic() + _PATIENCE_S
+    while (count := len(os.listdir("/proc/self/task"))) > 1:  # one that was joined may still be on its way out
+        if time.monotonic() > end:
+            raise RuntimeError(f"{count - 1} threads were started by imports: actors import for themselves")
+        time.sleep(0.001)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for forks to end
     while True:
         ready, _, _ = select.select([listener, sys.stdin], [], [])
@@ -112,6 +118,17 @@ def _serve(listener: socket.socket) -> tuple[dict[str, Any], list[int]]:
                     return request
             except (OSError, ValueError):
                 traceback.print_exc()  # its client, left without an answer, is the worker itself
+
+
+def _import() -> None:
+    """Behind all others: Ray starts meanwhile, and waits for a second where it was not up in time for its own glance.
+
+    A thread's priority is its own: forks of the main thread have the usual one.
+    """
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+    with uncollected():
+        for module in PRELOADED:
+            importlib.import_module(module)
 
 
 def _answer(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
