@@ -23,7 +23,7 @@ from actors.generator import Generator
 from benchmarks.models import VOCABULARY, make_llama
 from benchmarks.report import Comparison, in_turn, of_medians, report, seconds
 from benchmarks.sides import Side
-from launch.environment import LARGE_PAGES
+from launch.environment import KEEPS_MEMORY
 from orchestrator.pools import ActorPool
 from orchestrator.types import Completion, GenerationRequest, PolicyVersion, SamplingParams
 
@@ -48,7 +48,7 @@ def start_pool(
         "tensor_parallel_size": 1,
         "seed": 0,
     }
-    environment = {"env_vars": LARGE_PAGES | {"OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"}}
+    environment = {"env_vars": KEEPS_MEMORY | {"OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"}}
     version = PolicyVersion(number=0, digest="0" * 16)
     pool: ActorPool[GenerationRequest, Completion] = ActorPool(
         role="generator",
@@ -99,7 +99,7 @@ def main() -> int:
         pool = start_pool(model, engine=ENGINE)
         command = [sys.executable, "-m", "benchmarks.bare_vllm", str(spec)]
         one = {"OMP_NUM_THREADS": "1"}
-        with Side(command, one, ROOT) as bare, Side(command, one | LARGE_PAGES, ROOT) as tuned:
+        with Side(command, one, ROOT) as bare, Side(command, one | KEEPS_MEMORY, ROOT) as tuned:
             taken = in_turn(
                 {
                     "agon": partial(generate, pool, prompts, [0]),

@@ -14,7 +14,7 @@ KEEPS_MEMORY = {
     "MALLOC_ARENA_MAX": "1",  # an actor's calls run in threads, whose own arenas hold no more than 64 MiB
 }
 """For glibc: a step's large temporaries stay with the process. Given back to the system and cleared anew each time they
-cost a tenth to a third of the step."""
+cost a tenth to a third of a learner's step, and a twentieth of an engine's."""
 
 
 def threads(count: int) -> dict[str, str]:

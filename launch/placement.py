@@ -16,7 +16,7 @@ from actors.generator import Generator
 from actors.scorer import ScorerActor
 from conf.judging import cpus_needed, has_own_judge, own_language_model, pooled_kinds
 from launch.children import children, end_children
-from launch.environment import KEEPS_MEMORY, LARGE_PAGES, QUIET, threads
+from launch.environment import KEEPS_MEMORY, QUIET, threads
 from launch.fork_server import forked
 from launch.model_files import find_model, folder_version
 from learners.learner import Learner
@@ -27,7 +27,7 @@ from orchestrator.rollouts import Roles
 from orchestrator.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from conf.schema import Config, JudgeConfig, ScorerConfig
     from orchestrator.events import Emit
@@ -199,7 +199,7 @@ def _start_generator(
         "weight_transport": config.cluster.weight_transport,
         "seed": derive_seed(config.seed, name, index),
     }
-    environment = _environment(max(1, int(generator.cpus_per_actor)), generator.gpus_per_actor, LARGE_PAGES)
+    environment = _environment(max(1, int(generator.cpus_per_actor)), generator.gpus_per_actor)
     actor = actor_class(Generator).options(
         num_cpus=generator.cpus_per_actor, num_gpus=generator.gpus_per_actor, runtime_env=environment
     )
@@ -231,7 +231,7 @@ def start_learner(
         seeds: seed data that the learner replays.
     """
     learner = config.learner
-    environment = _environment(learner.num_threads, learner.gpus, KEEPS_MEMORY)
+    environment = _environment(learner.num_threads, learner.gpus)
     actor = actor_class(Learner).options(
         num_cpus=learner.cpus, num_gpus=learner.gpus, max_concurrency=4, runtime_env=environment
     )
@@ -250,9 +250,7 @@ def start_learner(
     )
 
 
-def _environment(count: int, gpus: float, without_gpus: Mapping[str, str] | None = None) -> dict[str, Any]:
+def _environment(count: int, gpus: float) -> dict[str, Any]:
     """Ray's `runtime_env` of an actor with threads and GPUs: how its process is made, and what that finds set."""
     variables = QUIET | threads(count)
-    if gpus:
-        return {"env_vars": variables}
-    return {"env_vars": variables | dict(without_gpus or {}), **forked()}
+    return {"env_vars": variables} if gpus else {"env_vars": variables | KEEPS_MEMORY, **forked()}
