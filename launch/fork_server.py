@@ -12,7 +12,6 @@ settings as it is imported. Where no fork is to be had, a worker is a Python lik
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
 import os
@@ -32,7 +31,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.environment import LARGE_PAGES, QUIET, threads
+from launch.environment import KEEPS_MEMORY, QUIET, threads
 from orchestrator.startup import uncollected
 
 if TYPE_CHECKING:
@@ -48,14 +47,12 @@ _PATIENCE_S = 5.0
 """For a request to come in whole, and for a thread to be gone."""
 _ENVIRONMENT = {
     **QUIET,
-    **LARGE_PAGES,
+    **KEEPS_MEMORY,
     **threads(1),  # libraries start their threads as they are loaded, and a process with threads cannot be forked
     "CUDA_VISIBLE_DEVICES": "",  # nor one that has looked for GPUs
     "TORCH_COMPILE_DISABLE": "1",  # read by torch as it is imported; vLLM's engine wants it on CPUs
 }
 _NICE = 10
-_MALLOPT = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_MMAP_THRESHOLD_": -3, "MALLOC_ARENA_MAX": -8}
-"""Numbers of glibc's malloc.h for what it reads from the environment as a program starts."""
 _socket: Path | None = None
 """Of the server of this process, which has one Ray at a time and so one server."""
 
@@ -68,7 +65,9 @@ def fork_server(config: Config) -> Iterator[None]:
     if sys.platform != "linux" or on_gpus or config.cluster.address is not None:
         yield
         return
-    folder = Path(tempfile.mkdtemp(prefix="agon-"))
+    folder = Path(
+        tempfile.mkdtemp(prefix="agon-", dir="/tmp")
+    )  # as Ray's files; sockets have names of 107 bytes at most
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(folder / "socket"))
         listener.listen()  # whoever asks from now on waits for the imports
@@ -168,11 +167,7 @@ def _become(request: dict[str, Any], files: list[int]) -> None:
 
 
 def _read_environment() -> None:
-    """Tells libraries what they would have read from it as they were loaded."""
-    libc = ctypes.CDLL(None)
-    for name, option in _MALLOPT.items():
-        if name in os.environ:
-            libc.mallopt(option, int(os.environ[name]))
+    """What libraries would have read from it as they were loaded; glibc's settings are those of the server."""
     import numpy as np
     import torch
 

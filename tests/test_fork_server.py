@@ -48,7 +48,7 @@ def said(command, script, folder, timeout=60):
     done = subprocess.run(
         [*command, str(script), "--one", "two words"],
         cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "2", "COLOUR": "blue", "MALLOC_MMAP_THRESHOLD_": "1073741824"},
+        env=os.environ | {"OMP_NUM_THREADS": "2", "COLOUR": "blue"},
         capture_output=True,
         text=True,
         timeout=timeout,
