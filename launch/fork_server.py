@@ -65,9 +65,8 @@ def fork_server(config: Config) -> Iterator[None]:
     if sys.platform != "linux" or on_gpus or config.cluster.address is not None:
         yield
         return
-    folder = Path(
-        tempfile.mkdtemp(prefix="agon-", dir="/tmp")
-    )  # as Ray's files; sockets have names of 107 bytes at most
+    # Where Ray has its files as well: the name of a socket has 107 bytes at most, which elsewhere may be too few.
+    folder = Path(tempfile.mkdtemp(prefix="agon-", dir="/tmp"))
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(folder / "socket"))
         listener.listen()  # whoever asks from now on waits for the imports
