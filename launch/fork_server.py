@@ -153,6 +153,7 @@ def _answer(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | Non
 
 def _become(request: dict[str, Any], files: list[int]) -> None:
     """Runs the request's script as if Python had been started with it."""
+    os.setpgrp()  # as Ray starts workers: where one dies, it ends all of its group
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.environ.update(request["environment"])
     os.chdir(request["folder"])

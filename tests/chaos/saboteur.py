@@ -18,8 +18,12 @@ import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 FOLDER = "AGON_CHAOS"
 POINTS = ("collecting", "scoring", "packing", "optimizer step", "checkpoint", "publication", "evaluating")
@@ -39,8 +43,12 @@ def register(role: str, name: str = "", pid: int | None = None) -> None:
     (folder / f"{role}_{name}_{pid}").write_text(str(psutil.Process(pid).create_time()))
 
 
-def strike(point: str, *, delay_s: float = 0.0) -> None:
-    """At a point: does what is armed for it, if it is this visit; after `delay_s` in another thread where given."""
+def strike(point: str, *, own: str = "", delay_s: float = 0.0) -> bool:
+    """At a point: does what is armed for it, if it is this visit; after `delay_s` in another thread where given.
+
+    Returns whether it is this process, of the role `own`, that dies of it after that.
+    """
+    doomed = False
     folder = Path(os.environ[FOLDER])
     _visits[point] += 1
     for path in sorted((folder / "armed").glob("*.json")):
@@ -51,15 +59,18 @@ def strike(point: str, *, delay_s: float = 0.0) -> None:
             path.unlink()
         except FileNotFoundError:
             continue  # another process was faster
+        victims = [psutil.Process()] if armed["role"] == own else []
+        doomed = doomed or bool(victims)
         if delay_s:
-            threading.Timer(delay_s, kill, [armed["role"], folder, path.name]).start()
+            threading.Timer(delay_s, kill, [armed["role"], folder, path.name, victims]).start()
         else:
-            kill(armed["role"], folder, path.name)
+            kill(armed["role"], folder, path.name, victims)
+    return doomed
 
 
-def kill(role: str, folder: Path, name: str) -> None:
-    """Kills the newest living process of a role and notes it under a name."""
-    victims = living(role, folder)
+def kill(role: str, folder: Path, name: str, victims: Sequence[psutil.Process] = ()) -> None:
+    """Kills the last of the victims, or else the newest living process of a role, and notes it under a name."""
+    victims = list(victims) or living(role, folder)
     if role == "node":
         victims.sort(key=_num_children)  # the one that has most of the actors dies
     if not victims:
