@@ -9,7 +9,7 @@ On one device and one thread count everything here is deterministic, and a train
 bit for bit as if it had not stopped.
 
 On a CPU an untuned allocator costs up to a third of a step, since large temporaries go back to the system each time:
-the learner's actor is started with glibc's thresholds raised (`launch/placement.py`).
+the learner's actor is started with glibc's thresholds raised (`launch/environment.py`).
 """
 
 from __future__ import annotations

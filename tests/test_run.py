@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -279,8 +280,12 @@ def test_signals_do_nothing_from_the_end_of_a_run_until_its_last_word():
 
 def parents_of(process, *actors):
     """Which modules the processes are that Ray's workers of some actors were started by."""
-    found = [(one.parent().cmdline(), one.cmdline()[0]) for one in psutil.Process(process.pid).children(recursive=True)]
-    return {parent[-2] for parent, title in found if title.startswith(tuple(f"ray::{name}" for name in actors))}
+    found, names = set(), tuple(f"ray::{name}" for name in actors)
+    for one in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # others come and go
+            if " ".join(one.cmdline()).startswith(names):
+                found.add(one.parent().cmdline()[-2])
+    return found
 
 
 def names_of_children(process):
