@@ -43,12 +43,16 @@ LIMIT_S = 600.0
 AGON = [
     *("evaluation.scorer=none", "tracking=disabled", "tracking.console=quiet", "pipeline.keep_checkpoints=1000"),
     *("pipeline.iterations=32", "pipeline.prompts_per_iteration=64", "generator.samples_per_prompt=4"),
-    *("pairing.max_pairs=2", "loss.beta=0.001", "loss.sft_weight=1.0"),
-    *("learner.lr=1.5e-4", "learner.batch_pairs=8", "learner.warmup_steps=0", "learner.num_threads=1"),
+    *("pairing.max_pairs=2", "loss.beta=0.0003", "loss.sft_weight=1.0"),
+    *("learner.lr=1.5e-4", "learner.adam_beta1=0.8", "learner.adam_beta2=0.98"),
+    *("learner.batch_pairs=8", "learner.warmup_steps=0", "learner.num_threads=1"),
     *("generator=transformers", "generator.num_actors=2", "cluster.num_cpus=4"),
 ]
 """The best settings found, as for TRL."""
-TRL = {"prompts": 32, "lr": 1e-4, "beta": 0.3, "steps": 400, "save_every": 5, "threads": 2, "max_tokens": MAX_TOKENS}
+TRL = {
+    **{"prompts": 32, "lr": 1e-4, "beta": 0.3, "adam_betas": [0.9, 0.999]},
+    **{"steps": 400, "save_every": 5, "threads": 2, "max_tokens": MAX_TOKENS},
+}
 """Where `--peer` says nothing else."""
 
 

@@ -45,7 +45,7 @@ def main() -> None:
     if products := os.environ.get("FP32_PRODUCTS"):
         torch.backends.mkldnn.matmul.fp32_precision = products
     tokenizer = AutoTokenizer.from_pretrained(spec["model"])
-    eos = tokenizer.eos_token_id
+    eos, adam_betas = tokenizer.eos_token_id, spec.get("adam_betas", (0.9, 0.999))
 
     def checksum(completions: list[str], **_: Any) -> list[float]:
         return [zlib.crc32(text.encode()) / 2**32 for text in completions]
@@ -61,6 +61,8 @@ def main() -> None:
         max_steps=spec["steps"],
         learning_rate=spec["lr"],
         beta=spec["beta"],
+        adam_beta1=adam_betas[0],
+        adam_beta2=adam_betas[1],
         lr_scheduler_type="constant",
         max_new_tokens=spec["max_tokens"],
         max_length=spec["max_length"],
