@@ -50,8 +50,14 @@ AGON = [
 ]
 """The best settings found, as for TRL."""
 TRL = {
-    **{"prompts": 32, "lr": 1e-4, "beta": 0.3, "adam_betas": [0.9, 0.999]},
-    **{"steps": 400, "save_every": 5, "threads": 2, "max_tokens": MAX_TOKENS},
+    "prompts": 32,
+    "lr": 1e-4,
+    "beta": 0.3,
+    "adam_betas": [0.9, 0.999],
+    "steps": 400,
+    "save_every": 5,
+    "threads": 2,
+    "max_tokens": MAX_TOKENS,
 }
 """Where `--peer` says nothing else."""
 
