@@ -38,7 +38,7 @@ from orchestrator.waits import acquainted
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ROUNDS, ITERATIONS, UNCOUNTED = 3, 7, 2
+ROUNDS, ITERATIONS, UNCOUNTED = 5, 6, 2
 CORES = {"generator": 0, "learner": 1}
 SETTINGS = [
     f"pipeline.iterations={ITERATIONS}",

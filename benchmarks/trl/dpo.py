@@ -72,7 +72,7 @@ def main() -> None:
         max_grad_norm=spec["max_grad_norm"],
         max_length=None,
         bf16=False,
-        gradient_checkpointing=False,  # its default computes the forward pass twice
+        gradient_checkpointing=spec.get("checkpointing", False),  # its default computes the forward pass twice
         use_cpu=True,
         report_to="none",
         save_strategy="no",
