@@ -4,7 +4,8 @@
 
 A random Llama of 13M parameters, 64 prompts of 128 tokens x 4 completions of 64, float32, one thread each. The actor
 decodes in a process of its own, which answers with completions that go through the pool and are compared with nothing.
-vLLM alone runs as a user starts it, and with the actor's settings of memory; the ratio is to the faster one.
+vLLM alone has the actor's settings of the engine (eager, no chunked prefill, whole prompts in one batch), once with
+memory as a process has it that was just started, once as the actor has it; the ratio is to the faster one.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from orchestrator.types import GenerationRequest
 
 CALL_S, GET_S, WAIT_S = 110e-6, 12e-6, 1.1e-6
-"""Processor time that Ray 2.56 takes in the caller: for a call of an actor, a small answer, a wait by reference."""
+"""Processor time that Ray takes in the caller (measured with 2.56): for a call of an actor, a small answer, a wait by
+reference."""
 
 _MODULES = (dispatch, pools, pace, remote, rollouts)
 _VERSION = PolicyVersion(number=0, digest="0" * 16)

@@ -155,8 +155,8 @@ def _parse(overrides: Sequence[str], *, from_file: bool) -> tuple[list[str], lis
             complaints.append(_no_such_choice(key, value))
     if from_file and choices:
         complaints.append(
-            f"{choices[0]}: chooses a group, but the file given is complete: set keys of that group"
-            f" ({_examples(choices[0].partition('=')[0])}), or leave the file out"
+            f"{choices[0]}: chooses a group, but the config that this starts from is complete: set keys of that group"
+            f" ({_examples(choices[0].partition('=')[0])}), or start a new run without it"
         )
     return choices, settings, complaints
 
@@ -241,7 +241,8 @@ def _unknown(key: str) -> str:
 def _no_such_choice(group: str, value: str) -> str:
     choices = groups()[group]
     near = get_close_matches(value, choices, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}? " if near else ""
+    keys = [f"{key}={value}" for key, knob in knobs().items() if key.startswith(f"{group}.") and value in knob.choices]
+    hint = f"did you mean {(keys or near)[0]}? " if keys or near else ""
     folder = ", or a model's folder or hub id" if group == "model" else ""
     return f"{group}={value}: no such {group}: {hint}choices: {', '.join(choices)}{folder}"
 

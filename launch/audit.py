@@ -74,8 +74,8 @@ def audit(run: Path) -> Audit:
         DataError: it has no ledger that can be read.
         ConfigError: it has no configuration that can be read.
     """
-    config = compose([], run / "config.yaml")
     with LedgerReader(run) as ledger:
+        config = compose([], run / "config.yaml")
         ledger.check()
         ledger.db.row_factory = None
         return _Auditor(run, ledger.db, config).run()

@@ -108,7 +108,10 @@ def _serve(listener: socket.socket) -> tuple[dict[str, Any], list[int]]:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for forks to end
     while True:
         ready, _, _ = select.select([listener, sys.stdin], [], [])
-        if sys.stdin in ready:
+        if (
+            sys.stdin in ready
+        ):  # the run is gone, and was killed if this process was not: nobody else removes the socket
+            shutil.rmtree(Path(listener.getsockname()).parent, ignore_errors=True)
             os._exit(0)
         with listener.accept()[0] as connection:
             try:

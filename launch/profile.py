@@ -22,7 +22,12 @@ Stretch = tuple[str, float, float]
 
 _WIDTH = 96
 _SHOWN_ITERATIONS = 3
-_IDLE = "."
+_IDLE, _DOWN = ".", " "
+_KINDS = (
+    *("collect", "train", "publish", "evaluate", "promote", "settle"),
+    *("step", "reference", "decode", "load weights", "score", "copy state", "KL"),
+)
+"""Stages and kinds of work, in the order in which they choose a letter: the same in each run."""
 
 
 def profile(run: Path, *, as_json: bool = False, trace: Path | None = None) -> str:
@@ -141,13 +146,15 @@ def _timeline(stages: Sequence[Stretch], actors: dict[str, list[Stretch]]) -> li
     start, end = min(since for _, since, _ in stages), max(until for _, _, until in stages)
     rows = {"stage": stages, **actors}
     width = max(map(len, rows))
-    kinds = dict.fromkeys(what for spans in rows.values() for what, since, until in spans if until > start < end)
-    letters = _letters(kinds)
+    kinds = {what for spans in rows.values() for what, _, until in spans if until > start}
+    letters = _letters(dict.fromkeys((*_KINDS, *sorted(kinds))))
     lines = [f"the last {end - start:.1f} s, a column {(end - start) / _WIDTH:.2g} s"]
-    for name, spans in rows.items():
-        lines.append(f"{name:{width}}  {''.join(_columns(spans, start, (end - start) / _WIDTH, letters))}")
-    legend = ", ".join(f"{letter} {what}" for what, letter in letters.items())
-    return [*lines, f"{'':{width}}  {legend}, {_IDLE} waiting"]
+    drawn = {name: list(_columns(spans, start, (end - start) / _WIDTH, letters)) for name, spans in rows.items()}
+    for name, columns in drawn.items():
+        shown = (_DOWN if {one, stage} == {_IDLE} else one for one, stage in zip(columns, drawn["stage"], strict=True))
+        lines.append(f"{name:{width}}  {''.join(shown)}".rstrip())
+    legend = ", ".join(f"{letter} {what}" for what, letter in letters.items() if what in kinds)
+    return [*lines, f"{'':{width}}  {legend}, {_IDLE} waiting, blank between stages or not running"]
 
 
 def _columns(spans: Sequence[Stretch], start: float, column_s: float, letters: dict[str, str]) -> Iterable[str]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from threading import Condition, Event, Thread
@@ -31,6 +31,7 @@ from orchestrator.waves import Harvest, Wave
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from orchestrator.context import Context
     from orchestrator.lineage import Lineage
@@ -224,12 +225,21 @@ class Ahead:
 
     def _collect(self, waves: Sequence[Wave], *, quietly: bool = False) -> Collected:
         harvest = Harvest()
-        with self._context.stage("collect", waves[0].iteration, quietly=quietly) as stage:
-            with closing(self._harvests(waves)) as harvests:
-                for part in harvests:
-                    harvest += part
-            stage.tokens = harvest.tokens
+        with self._collecting(waves, quietly=quietly) as stage, closing(self._harvests(waves)) as harvests:
+            for part in harvests:
+                harvest += part
+                stage.tokens += part.tokens
         return Collected(harvest=harvest, stage=stage)
+
+    def _collecting(self, waves: Sequence[Wave], *, quietly: bool) -> AbstractContextManager[Stage]:
+        """The stage; the one that an earlier process noted where all that it made is read back."""
+        context, number = self._context, waves[0].iteration
+        done = context.ledger.finished_phase(number, "collect")
+        if done is None or done.seconds is None or not context.waves.are_committed(waves):
+            return context.stage("collect", number, quietly=quietly)
+        if not quietly:
+            context.tracker.stage(number, "collect")
+        return nullcontext(Stage(name="collect", seconds=done.seconds, tokens=done.tokens))
 
     def _harvests(self, waves: Sequence[Wave]) -> Generator[Harvest]:
         """Of each wave in turn; where judging needs no generators, they draw the next wave meanwhile."""
@@ -266,7 +276,7 @@ class Ahead:
         work_until(self._unwanted)
         try:
             with (
-                self._context.stage("collect", waves[0].iteration, quietly=True) as stage,
+                self._collecting(waves, quietly=True) as stage,
                 closing(self._harvests(waves)) as harvests,
             ):
                 for harvest, outcome in zip(harvests, outcomes, strict=True):

@@ -51,6 +51,8 @@ class Run:
         self.publisher = SimpleNamespace(is_published=True, version=version(0))
         self.learning = SimpleNamespace(undo=lambda number: self.undone.append(number) or True)
         self.waves = SimpleNamespace(draw=self.draw, collect=self.sample, are_committed=lambda waves: True)
+        self.ledger = SimpleNamespace(finished_phase=lambda number, phase: self.noted.get((number, phase)))
+        self.noted = {}
         self.undone, self.published, self.sampled, self.pairs, self.drawn = [], [], [], [], []
         self.finished = 0
         self.break_off = {}
@@ -100,6 +102,21 @@ class Run:
             versions.append(version(number))
             self.finished = number
         return found
+
+
+@pytest.mark.parametrize("mode", ["sync", "semi_online", "async"])
+@pytest.mark.parametrize("committed", [True, False])
+def test_what_an_earlier_process_collected_is_what_the_ledger_says_of_it(mode, committed):
+    """Read back it took no time worth the name, and no token was drawn: that is not what the iteration took."""
+    run = Run(mode=mode, iterations=1)
+    run.noted[1, "collect"] = SimpleNamespace(seconds=7.0, tokens=300)
+    run.waves.are_committed = lambda waves: committed
+    run.waves.draw, collect = lambda wave: 0, run.waves.collect
+    run.waves.collect = lambda wave: replace(collect(wave), tokens=0 if committed else 1)
+    with closing(Ahead(run)) as ahead:
+        (found,) = run.go(ahead, [1], [version(0)])
+    assert (found.stage.seconds, found.stage.tokens) == ((7.0, 300) if committed else (0.0, 2))
+    assert len(run.sampled) == (not committed), "the stage is begun anew"
 
 
 def wait_until(holds):

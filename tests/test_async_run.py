@@ -120,3 +120,7 @@ def test_semi_online_ends_with_the_same_bytes_where_its_training_was_broken_off(
     assert run(compose([], run_dir / "config.yaml"), resume=run_dir) == 0
     assert audit(run_dir).findings == []
     assert products(run_dir) == products(tmp_path / "whole")
+    drawn = [
+        json.loads((each / "summary.json").read_text())["tokens"]["collect"] for each in (run_dir, tmp_path / "whole")
+    ]
+    assert drawn[0] == drawn[1]

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -102,15 +103,17 @@ def test_a_request_that_nobody_waits_for_makes_no_fork_and_hurts_no_other(client
 
 def test_a_server_ends_with_its_run_however_that_ends():
     code = (
-        "import time; from conf.compose import compose; from launch.fork_server import fork_server\n"
-        "with fork_server(compose([])): print(flush=True); time.sleep(60)"
+        "import time; from conf.compose import compose; from launch import fork_server\n"
+        "with fork_server.fork_server(compose([])): print(fork_server._socket.parent, flush=True); time.sleep(60)"
     )
-    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    run.stdout.readline()
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    folder = Path(run.stdout.readline().strip())
+    assert folder.is_dir()
     (server,) = psutil.Process(run.pid).children()
     run.send_signal(signal.SIGKILL)
     run.communicate(timeout=10)
     server.wait(60)  # raises where it goes on
+    assert not folder.exists()
 
 
 def test_a_process_with_threads_is_not_forked():

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.profile import _shares, _union, _without, profile
+from launch.profile import _shares, _timeline, _union, _without, profile
 from orchestrator.errors import DataError
 from orchestrator.ledger import Ledger
 from orchestrator.profiling import FILE_NAME
@@ -92,10 +92,18 @@ def test_a_run_is_drawn(run_dir):
     rows = dict(line.split(maxsplit=1) for line in text.splitlines()[-4:-1])
     assert rows["stage"].count("c") == pytest.approx(0.8 * 96, abs=1)
     assert rows["generator-0"] == "d" * 58 + "." * 38
-    assert rows["learner"] == "." * 77 + "s" * 19
+    assert rows["learner"] == "." * 77 + "S" * 19, "s is settle in each run"
     assert json.loads(profile(run_dir, as_json=True))["actors"]["learner"]["working"] == {"step": 2.0}
     events = json.loads((run_dir / "trace.json").read_text())["traceEvents"]
     assert [event["name"] for event in events if event["ph"] == "X"] == ["collect", "train", "decode", "step", "step"]
+
+
+def test_while_a_run_is_down_nobody_waits():
+    lines = _timeline([("collect", 0.0, 24.0), ("train", 72.0, 96.0)], {"learner": [("step", 72.0, 96.0)]})
+    assert lines[1:3] == [
+        f"stage    {'c' * 24}{' ' * 48}{'t' * 24}",
+        f"learner  {'.' * 24}{' ' * 48}{'S' * 24}",
+    ]
 
 
 def test_what_has_noted_nothing_is_said(run_dir):

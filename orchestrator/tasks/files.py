@@ -8,6 +8,7 @@ stands on both sides.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,11 +85,15 @@ class FileTask:
         return self._sources[problem_id]
 
 
+_OTHERWISE = ", or name the right field in `task`; where no record has an answer, task.answer_field=null"
+
+
 def _load(path: Path, config: TaskConfig, prefix: str) -> list[Problem]:
     """All problems of a file; their ids are unique within it and carry `prefix`."""
     parse = _parse_gsm8k if config.kind == "gsm8k" else _parse_prompt
     problems: dict[str, Problem] = {}
-    for record in read_records(path):
+    for found in read_records(path):
+        record = replace(found, otherwise=_OTHERWISE)
         key = f"{prefix}/{_id(record, config)}"
         if key in problems:
             raise record.error(

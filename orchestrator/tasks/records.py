@@ -26,6 +26,8 @@ class Record:
     number: int
     """Line or row, from 1."""
     fields: Mapping[str, Any]
+    otherwise: str = ""
+    """What else a user may do where a field is missing, behind "Mend the record"."""
 
     def error(self, message: str) -> DataError:
         """An error that names this record."""
@@ -35,10 +37,7 @@ class Record:
         """The field's value. Raises DataError when it is missing or null."""
         if self.fields.get(field) is None:
             found = "is null" if field in self.fields else f"is missing; found {', '.join(map(repr, self.fields))}"
-            raise self.error(
-                f"field {field!r} {found}. Mend the record, or name the right field in `task`; where no record has an"
-                " answer, task.answer_field=null."
-            )
+            raise self.error(f"field {field!r} {found}. Mend the record{self.otherwise}.")
         return self.fields[field]
 
     def text(self, field: str) -> str:
