@@ -11,7 +11,7 @@ from orchestrator import runlock, summary
 from orchestrator.errors import DataError
 from orchestrator.events import read_events
 from orchestrator.files import dump_json
-from orchestrator.ledger import FILE_NAME, LedgerReader, RunStatus
+from orchestrator.ledger import LedgerReader, RunStatus
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -69,8 +69,6 @@ def _without_ledger(run: Path, error: DataError, held_by: runlock.Holder | None)
             raise DataError(f"{error}; {path}: not JSON: {damaged}") from damaged
     if held_by is not None:
         return {"status": RunStatus.RUNNING, "note": "nothing is recorded yet"}
-    if not (run / FILE_NAME).exists():
-        raise DataError(f"{run}: holds no run (there is no {FILE_NAME})") from error
     raise error
 
 

@@ -100,7 +100,8 @@ class LedgerReader:
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / FILE_NAME
         if self._mode == "ro" and not self.path.is_file():
-            raise DataError(f"{run_dir}: {'holds no run' if run_dir.is_dir() else 'no such run folder'}")
+            what = f"holds no run (there is no {FILE_NAME})" if run_dir.is_dir() else "no such run folder"
+            raise DataError(f"{run_dir}: {what}")
         try:
             try:
                 found = self._open()

@@ -148,8 +148,10 @@ def test_figures_that_are_not_finite_are_left_out(ledger):
 
 
 def test_bad_files_are_refused(tmp_path):
-    with pytest.raises(DataError, match="not a readable ledger"):
+    with pytest.raises(DataError, match=r"holds no run \(there is no ledger\.sqlite\)"):
         LedgerReader(tmp_path)
+    with pytest.raises(DataError, match="no such run folder"):
+        LedgerReader(tmp_path / "absent")
     (tmp_path / "ledger.sqlite").write_bytes(b"no database at all" * 100)
     with pytest.raises(DataError, match="not a readable ledger"):
         Ledger(tmp_path)
