@@ -62,7 +62,7 @@ TRL = {
     "lr": 1e-4,
     "beta": 0.3,
     "adam_betas": [0.9, 0.999],
-    "steps": 400,
+    "steps": 250,
     "save_every": 5,
     "threads": 2,
     "max_tokens": MAX_TOKENS,
