@@ -68,6 +68,7 @@ def main() -> None:
             max_grad_norm=spec["max_grad_norm"],
             num_threads=spec["threads"],
             micro_batch_tokens=spec["micro_batch_tokens"],
+            activation_checkpointing="full" if spec.get("checkpointing") else "none",
         ),
     )
     optimizer: Any = trainer._optimizer
