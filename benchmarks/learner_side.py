@@ -42,6 +42,22 @@ def completion(ids: list[int]) -> Completion:
     )
 
 
+def make_trainer(spec: dict[str, Any]) -> Trainer:
+    """The learner that the specification describes."""
+    return Trainer(
+        spec["model"],
+        loss=LossConfig(beta=spec["beta"]),
+        reference=ReferenceConfig(kind="initial"),
+        learner=LearnerConfig(
+            lr=spec["lr"],
+            max_grad_norm=spec["max_grad_norm"],
+            num_threads=spec["threads"],
+            micro_batch_tokens=spec["micro_batch_tokens"],
+            activation_checkpointing="full" if spec.get("checkpointing") else "none",
+        ),
+    )
+
+
 def main() -> None:
     """Obeys until stdin ends."""
     spec = json.loads(Path(sys.argv[1]).read_text())
@@ -59,18 +75,7 @@ def main() -> None:
         )
         for number, pair in enumerate(spec["pairs"])
     ]
-    trainer = Trainer(
-        spec["model"],
-        loss=LossConfig(beta=spec["beta"]),
-        reference=ReferenceConfig(kind="initial"),
-        learner=LearnerConfig(
-            lr=spec["lr"],
-            max_grad_norm=spec["max_grad_norm"],
-            num_threads=spec["threads"],
-            micro_batch_tokens=spec["micro_batch_tokens"],
-            activation_checkpointing="full" if spec.get("checkpointing") else "none",
-        ),
-    )
+    trainer = make_trainer(spec)
     optimizer: Any = trainer._optimizer
     wanted: list[str] = []
 

@@ -79,11 +79,9 @@ def main() -> int:
     tokens = sum(len(pair["prompt"]) + len(pair["chosen"]) + len(pair["rejected"]) + 2 for pair in pairs)
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(temporary)
-        spec = folder / "spec.json"
-        model = make_model(folder / "model")
-        told = COMMON | {"pairs": pairs, "model": str(model), "folder": str(folder / "out")}
+        told = COMMON | {"pairs": pairs, "model": str(make_model(folder / "model")), "folder": str(folder / "out")}
+        spec, frugal = folder / "spec.json", folder / "frugal.json"
         spec.write_text(json.dumps(told))
-        frugal = folder / "frugal.json"
         frugal.write_text(json.dumps(told | {"checkpointing": True}))
         trl = [str(Path(arguments.trl).absolute()), "benchmarks/trl/dpo.py"]
         ours = [sys.executable, "-m", "benchmarks.learner_side"]
