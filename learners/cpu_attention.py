@@ -14,6 +14,7 @@ H heads, N tokens of a packed row, E width of a head.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,7 +113,7 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor
     """[B, T, E] from query [B, T, E], keys and values [B, K, E]."""
     scaled, result = query * scale, torch.empty_like(query)
     for rows, seen in _blocks(query, keys):
-        result[:, rows] = _weights(scaled[:, rows], keys[:, :seen]) @ values[:, :seen]
+        result[:, rows] = _weights(*_dense(scaled[:, rows], keys[:, :seen])) @ values[:, :seen]
     return result
 
 
@@ -126,11 +127,12 @@ def _give_back(
     scaled, norms = query * scale, (slope * result).sum(-1, keepdim=True)
     to_query, to_keys, to_values = torch.empty_like(query), torch.zeros_like(keys), torch.zeros_like(values)
     for rows, seen in _blocks(query, keys):
-        weights = _weights(scaled[:, rows], keys[:, :seen])
-        to_values[:, :seen] += weights.mT @ slope[:, rows]
-        to_scores = weights.mul_((slope[:, rows] @ values[:, :seen].mT).sub_(norms[:, rows]))
-        to_query[:, rows] = (to_scores @ keys[:, :seen]).mul_(scale)
-        to_keys[:, :seen] += to_scores.mT @ scaled[:, rows]
+        row, sloped, key, value = _dense(scaled[:, rows], slope[:, rows], keys[:, :seen], values[:, :seen])
+        weights = _weights(row, key)
+        to_values[:, :seen] += weights.mT @ sloped
+        to_scores = weights.mul_((sloped @ value.mT).sub_(norms[:, rows]))
+        to_query[:, rows] = (to_scores @ key).mul_(scale)
+        to_keys[:, :seen] += to_scores.mT @ row
     return to_query, to_keys, to_values
 
 
@@ -143,9 +145,20 @@ def _blocks(query: Tensor, keys: Tensor) -> Iterator[tuple[slice, int]]:
         yield slice(start, end), num_keys - length + end
 
 
+def _dense(*parts: Tensor) -> list[Tensor]:
+    """Each in memory of its own: a batched product would copy it, and a transposed one slowly."""
+    return [part.contiguous() for part in parts]
+
+
+@cache
+def _hidden(rows: int) -> Tensor:
+    """[R, R] what is added to the scores of its own block's keys."""
+    return torch.full((rows, rows), -torch.inf).triu_(1)
+
+
 def _weights(queries: Tensor, keys: Tensor) -> Tensor:
     """[B, R, K] what each row gives to each key: nothing to those behind its own, which is the R-th from the end."""
     scores = queries @ keys.mT
     rows = scores.shape[1]
-    scores[:, :, -rows:] += torch.full((rows, rows), -torch.inf).triu_(1)
+    scores[:, :, -rows:] += _hidden(rows)
     return scores.softmax(-1)
