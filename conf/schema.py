@@ -332,6 +332,7 @@ class LossConfig:
         "pipeline.mode=async: c; a completion of older weights counts as often as the learner's would give it, at most "
         "c and at least 1/c times; 1: as if it were new",
         low=1,
+        high=1e6,
     )
     exploration: str = knob(
         "none", "selm, xpo: away from what the policy would say anyway", choices=("none", "selm", "xpo")
@@ -423,7 +424,10 @@ class PipelineConfig:
         choices=("sync", "semi_online", "async"),
     )
     max_staleness: int = knob(
-        1, "async: updates that the weights which sample a pair may be behind the learner's; 0: as sync", low=0
+        1,
+        "async: updates that the weights which sample a pair may be behind the learner's; 0: as sync",
+        low=0,
+        high=1000,
     )
     over_issue: float = knob(
         0.05,
@@ -434,7 +438,7 @@ class PipelineConfig:
     )
     iterations: int = knob(3, "collect, train, publish, evaluate, promote: so many times", low=1)
     prompts_per_iteration: int = knob(128, "prompts of one iteration", low=1)
-    queue_capacity: int = knob(8, "batches the queue holds before producers wait", low=1)
+    queue_capacity: int = knob(8, "batches the queue holds before producers wait", low=1, high=100_000)
     wave_prompts: int = knob(512, "prompts sampled, judged and written together: what a crash may cost", low=1)
     keep_checkpoints: int = knob(2, "newest checkpoints kept; beside them, the one that evaluated best", low=1)
 

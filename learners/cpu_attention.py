@@ -14,7 +14,6 @@ H heads, N tokens of a packed row, E width of a head.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -150,15 +149,9 @@ def _dense(*parts: Tensor) -> list[Tensor]:
     return [part.contiguous() for part in parts]
 
 
-@cache
-def _hidden(rows: int) -> Tensor:
-    """[R, R] what is added to the scores of its own block's keys."""
-    return torch.full((rows, rows), -torch.inf).triu_(1)
-
-
 def _weights(queries: Tensor, keys: Tensor) -> Tensor:
     """[B, R, K] what each row gives to each key: nothing to those behind its own, which is the R-th from the end."""
     scores = queries @ keys.mT
     rows = scores.shape[1]
-    scores[:, :, -rows:] += _hidden(rows)
+    scores[:, :, -rows:] += scores.new_full((rows, rows), -torch.inf).triu_(1)
     return scores.softmax(-1)

@@ -67,6 +67,7 @@ def main() -> None:
         max_new_tokens=spec["max_tokens"],
         max_length=spec["max_length"],
         temperature=1.0,
+        train_sampling_strategy="sequential",
         max_grad_norm=1.0,
         gradient_checkpointing=False,
         bf16=False,

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 def importance(inputs: LossInput, sampled: Tensor, stale: Tensor, clip: float) -> Tensor:
     """[P] rho_w rho_l, without gradient, with rho = pi(y) / mu(y) within [1 / c, c]; 1 for pairs that are not stale.
 
-    mu is what sampled each token, pi the learner's policy now. The expectation of a loss over pairs of pi is that over
-    pairs of mu with these weights. Their variance grows with the length of a completion, so that they are clipped, as
+    mu is what sampled each token, pi the learner's policy now. The expectation of a loss over two draws from pi is that
+    over two draws from mu with these weights; where a pair is chosen among more draws than two, how likely the others
+    make that choice is left out. Their variance grows with the length of a completion, so that they are clipped, as
     rho-bar does in Espeholt et al. 2018, "IMPALA" (arXiv:1802.01561), section 4.1; here on both sides, lest completions
     that have become a little rarer at each of many tokens count for nothing.
 
