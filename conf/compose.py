@@ -223,8 +223,13 @@ def _to_config(tree: DictConfig) -> Config:
     return config
 
 
+_OPTIONS = {"resume": "RUN", "config": "FILE"}
+
+
 def _unknown(key: str) -> str:
     """Names the nearest key: by its whole name first, then by its last part, whatever group that is in."""
+    if key in _OPTIONS:
+        return f"{key}: an option, not a key: --{key} {_OPTIONS[key]}"
     under = [name for name in knobs() if name.startswith(f"{key}.")]
     if under:
         return f"{key}: a group of keys, not one: set {', '.join(under[:4])}{', ...' if len(under) > 4 else ''}"

@@ -42,8 +42,8 @@ def profile(run: Path, *, as_json: bool = False, trace: Path | None = None) -> s
         DataError: the folder holds no run, or one that has noted nothing.
     """
     with LedgerReader(run) as ledger:
-        stages = _foremost(ledger.phases())
-        latest = _foremost(_latest(ledger.phases()))
+        phases = [phase for phase in ledger.phases() if phase.seconds is not None]
+    stages = _foremost(phases)
     actors: dict[str, list[Stretch]] = defaultdict(list)
     for line in read_profile(run):
         actors[line["actor"]] += [(what, start, start + seconds) for what, start, seconds in line["spans"]]
@@ -54,14 +54,14 @@ def profile(run: Path, *, as_json: bool = False, trace: Path | None = None) -> s
     shares = {name: _shares(spans, stages) for name, spans in sorted(actors.items())}
     if as_json:
         return dump_json({"run": str(run), "seconds": _total(stages), "actors": shares}, indent=2)
-    return "\n".join([*_table(shares, _total(stages)), "", *_timeline(latest, dict(sorted(actors.items())))])
+    return "\n".join(
+        [*_table(shares, _total(stages)), "", *_timeline(_latest(stages, phases), dict(sorted(actors.items())))]
+    )
 
 
 def _foremost(phases: Iterable[PhaseRecord]) -> list[Stretch]:
     """The stage that the run was in: of what was collected beside another stage, only what that one left."""
-    stages = [
-        (phase.phase, phase.started, phase.started + phase.seconds) for phase in phases if phase.seconds is not None
-    ]
+    stages = [(phase.phase, phase.started, _end(phase)) for phase in phases]
     others = [stage for stage in stages if stage[0] != "collect"]
     covered = _union(others)
     alone = [rest for stage in stages if stage[0] == "collect" for rest in _without(stage, covered)]
@@ -79,9 +79,15 @@ def _without(stretch: Stretch, covered: Iterable[tuple[float, float]]) -> Iterat
         yield what, start, end
 
 
-def _latest(phases: Sequence[PhaseRecord]) -> list[PhaseRecord]:
-    done = max((phase.iteration for phase in phases if phase.seconds is not None), default=0)
-    return [phase for phase in phases if phase.iteration > done - _SHOWN_ITERATIONS]
+def _latest(stages: Sequence[Stretch], phases: Sequence[PhaseRecord]) -> list[Stretch]:
+    """The stages since the iterations before the last few ended: what was collected ahead of that is theirs."""
+    done = max((phase.iteration for phase in phases), default=0)
+    since = max((_end(phase) for phase in phases if phase.iteration <= done - _SHOWN_ITERATIONS), default=0.0)
+    return [(what, max(start, since), end) for what, start, end in stages if end > since]
+
+
+def _end(phase: PhaseRecord) -> float:
+    return phase.started + (phase.seconds or 0.0)
 
 
 def _total(stages: Iterable[Stretch]) -> float:

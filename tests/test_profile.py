@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.profile import _shares, _timeline, _union, _without, profile
+from launch.profile import _foremost, _latest, _shares, _timeline, _union, _without, profile
 from orchestrator.errors import DataError
-from orchestrator.ledger import Ledger
+from orchestrator.ledger import Ledger, PhaseRecord
 from orchestrator.profiling import FILE_NAME
 from orchestrator.spans import Span, Spans
 
@@ -57,6 +57,22 @@ def test_what_is_left_of_a_stretch_is_what_nothing_covers(start, length, others)
     )
     assert sum(until - since for _, since, until in left) == len(set(range(start, start + length)) - covered)
     assert all(since < until for _, since, until in left)
+
+
+def test_what_was_collected_ahead_hides_no_stage_of_the_iterations_before():
+    def phase(iteration: int, name: str, started: float, seconds: float) -> PhaseRecord:
+        return PhaseRecord(iteration=iteration, phase=name, started=started, seconds=seconds, tokens=0, metrics={})
+
+    phases = [phase(n, "train", 10.0 * n, 6.0) for n in range(1, 6)]
+    phases += [phase(n, "evaluate", 10.0 * n + 6.0, 3.0) for n in range(1, 6)]
+    phases += [phase(n, "collect", 10.0 * (n - 2), 19.0) for n in range(1, 6)]  # from the training of n - 2 on
+    latest = _latest(_foremost(phases), phases)
+    assert latest[0] == ("collect", 29.0, 30.0)  # iteration 2 ended at 29
+    assert [stage for stage in latest if stage[0] != "collect"] == [
+        (name, start, end)
+        for n in (3, 4, 5)
+        for name, start, end in (("train", 10.0 * n, 10.0 * n + 6.0), ("evaluate", 10.0 * n + 6.0, 10.0 * n + 9.0))
+    ]
 
 
 @given(STRETCHES)
