@@ -123,7 +123,8 @@ class Iteration:
                 return False
             self._note(gathering)
             if not results:
-                context.tracker.message(f"iteration {self._number}: no pair survived; nothing to train on")
+                why = metrics.why_no_pairs(self._metrics)
+                context.tracker.message(f"iteration {self._number}: no pair survived ({why}); nothing to train on")
                 return False
             stage.tokens = sum(result.tokens for result in results)
             self._metrics |= metrics.update_metrics(results)

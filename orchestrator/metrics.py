@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from orchestrator.types import PreferencePair, ScoredGroup, UpdateResult
 
+_LOST = ("ties", "abstentions", "undecided")
+"""Comparisons that make no pair, as `PairingCounts` has them."""
 ROLLED_BACK = "promotion/rolled_back"
 """1 in the metrics of an iteration whose weights were given up, else 0."""
 
@@ -107,7 +109,7 @@ def pair_metrics(pairs: Sequence[PreferencePair], counts: Mapping[str, int], dro
         dropped: reasons of `filter_pairs` and how often each applied.
     """
     found = Tally()
-    for name in ("ties", "abstentions", "undecided"):
+    for name in _LOST:
         found.sum(f"pairs/{name}", counts.get(name, 0))
     found.sum("pairs/made", counts.get("pairs", 0))
     found.sum("pairs/kept", len(pairs))
@@ -117,6 +119,13 @@ def pair_metrics(pairs: Sequence[PreferencePair], counts: Mapping[str, int], dro
     found.mean("pairs/length_chosen_mean", (len(pair.chosen.token_ids) for pair in pairs))
     found.mean("pairs/length_rejected_mean", (len(pair.rejected.token_ids) for pair in pairs))
     return found
+
+
+def why_no_pairs(found: Mapping[str, float]) -> str:
+    """What `pair_metrics` tells of comparisons that made no pair, for people: ``128 ties``."""
+    reasons = {name.removeprefix("pairs/"): count for name, count in found.items() if name.startswith("pairs/")}
+    lost = [name for name in reasons if name in _LOST or name.startswith("dropped_")]
+    return ", ".join(f"{reasons[name]:.0f} {name.replace('_', ' ')}" for name in lost if reasons[name]) or "no scores"
 
 
 def update_metrics(results: Sequence[UpdateResult]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from orchestrator.metrics import (
     read_accuracy,
     rollout_metrics,
     update_metrics,
+    why_no_pairs,
     wilson_interval,
 )
 from orchestrator.types import FinishReason, UpdateResult
@@ -94,6 +95,12 @@ def test_pairs():
         "pairs/length_chosen_mean": 2,
         "pairs/length_rejected_mean": 1.5,
     }
+
+
+def test_why_there_are_no_pairs():
+    found = pair_metrics([], Counter(pairs=1, ties=4, undecided=0), Counter(too_long=1))
+    assert why_no_pairs(dict(found)) == "4 ties, 1 dropped too long"
+    assert why_no_pairs(dict(pair_metrics([], Counter(), Counter()))) == "no scores"
 
 
 def test_updates_are_weighted_by_pairs():
