@@ -149,7 +149,7 @@ def inspect_model(folder: Path) -> ModelShape:
     Raises:
         ModelError: what is missing or wrong; everything that was found, a line each.
     """
-    if (folder / "summary.json").is_file() and (folder / "model").is_dir():
+    if (folder / "ledger.sqlite").is_file() and (folder / "model").is_dir():
         raise ModelError(f"{folder}: a run folder; the model that it ended with is {folder / 'model'}")
     config: Mapping[str, Any] = {}
     num_parameters = 0

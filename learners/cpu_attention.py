@@ -145,7 +145,7 @@ def _blocks(query: Tensor, keys: Tensor) -> Iterator[tuple[slice, int]]:
 
 
 def _dense(*parts: Tensor) -> list[Tensor]:
-    """Each in memory of its own: a batched product would copy it, and a transposed one slowly."""
+    """Each as one block of memory: every batched product would make it one anew, and slowly where it is transposed."""
     return [part.contiguous() for part in parts]
 
 

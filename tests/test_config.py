@@ -95,6 +95,7 @@ def test_texts_need_no_quoting():
     [
         ("learner.lrr=1", ["learner.lrr: no such key", "did you mean learner.lr?", "weight_decay"]),
         ("beta=1", ["beta: no such key", "did you mean loss.beta?"]),
+        ("resume=runs/one", ["resume: an option, not a key: --resume RUN"]),
         ("optimiser.lr=1", ["no such key", "learner.lr"]),
         ("model.tiny=3", ["a group of keys", "model.tiny.hidden_size"]),
         ("loss=dpoo", ["loss=dpoo: no such loss", "did you mean dpo? choices: aft, aot"]),

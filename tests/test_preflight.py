@@ -224,6 +224,14 @@ def test_a_cached_hub_model_is_found_without_a_network(place, monkeypatch):
     assert inputs.model_dir == cached / "snapshots" / "abc"
 
 
+def test_a_run_where_a_model_belongs(refusal, place):
+    (place / "model").rename(place / "trained")
+    (place / "model").mkdir()
+    (place / "trained").rename(place / "model" / "model")
+    (place / "model" / "ledger.sqlite").touch()
+    expect(refusal(), "model: a run folder; the model that it ended with is", "model/model")
+
+
 def test_no_tokenizer(refusal, place):
     for path in (place / "model").glob("*token*"):
         path.unlink()
