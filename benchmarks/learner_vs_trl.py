@@ -99,7 +99,10 @@ def main() -> int:
         sides["TRL, checkpointing"] = stack.enter_context(Side([*trl, str(frugal)], {}, ROOT))
         memory = in_turn({name: partial(side.ask, "memory") for name, side in sides.items()}, arguments.repetitions)
     rates = {name: [tokens / value for value in values] for name, values in seconds.items()}
-    notes = f"{tokens:,} unique tokens a step; gradients differ by {difference:.1e} of each tensor's largest entry."
+    what = __doc__.partition("repetitions 5]")[2].strip()
+    notes = (
+        f"{what} {tokens:,} unique tokens a step; gradients differ by {difference:.1e} of each tensor's largest entry."
+    )
     found = [
         Comparison(
             key=key,
