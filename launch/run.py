@@ -245,10 +245,6 @@ class Run:
             config = prepare_judge_model(config, self._run_dir, model_dir, self._show_judge_training)
         # Read as Ray is imported: an event says the same of a death, with who and what it did.
         os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^A worker died or was killed while executing a task")
-        if config.cluster.address is None:
-            # Ray looks for its raylet at once, which is in vain, and then each second: it gives up at once now, and
-            # whoever has it look (`ray._private.node`) does so again, for 30 s.
-            os.environ.setdefault("RAY_raylet_start_wait_time_s", "0")
         from launch.wiring import build_context
         from orchestrator.controller import Controller
         from orchestrator.watchdog import Watchdog
