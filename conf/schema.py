@@ -479,7 +479,7 @@ class TrackingConfig:
 class EvaluationConfig:
     """Held-out problems, answered by the current policy; none of them ever tunes anything."""
 
-    problems: int = knob(256, "test problems after each iteration", low=1)
+    problems: int = knob(256, "test problems after each iteration, final_problems at most", low=1)
     final_problems: int = knob(1024, "test problems before the first and after the last iteration", low=1)
     every: int = knob(1, "iterations between evaluations", low=1)
     temperature: float = knob(1.0, "of the sampled figure; the other one is greedy", above=0)

@@ -281,11 +281,16 @@ class Run:
     def _warn_of_few_problems(self) -> None:
         """What is measured on a handful says little, and the interval alone may go unnoticed."""
         evaluation, found = self._config.evaluation, len(self._inputs.test_prompts)
-        if evaluation.scorer != "none" and found < min(_FEW_PROBLEMS, evaluation.final_problems):
+        asked = evaluation.final_problems
+        if evaluation.scorer == "none" or found >= asked:
+            return
+        if found < _FEW_PROBLEMS:
             self._tracker.message(
                 f"only {found} held-out prompts to evaluate on: raise task.test_fraction, or name a file of them"
                 " (task.test_path)"
             )
+        else:
+            self._tracker.message(f"{found} prompts are held out: evaluation.final_problems={asked} takes all of them")
 
     def _show_warm_start(self, step: int, total: int, loss: float, accuracy: float) -> None:
         self._tracker.progress("warm start", step, total, 0)
