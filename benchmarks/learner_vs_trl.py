@@ -5,7 +5,7 @@
 A random Llama of 36M parameters with 32,000 tokens, 8 prompts of 256 tokens with one pair each of completions of 64 to
 256, float32, two threads. A step is what both do with a batch: reference forward pass, forward, backward, clip, AdamW.
 Tokens are unique ones: a prompt is counted once, whatever a side computes twice. Ours accumulates micro-batches of
-2,048 tokens (four pairs; all eight at once is no faster and holds more), TRL batches of two pairs, its fastest, without
+1,280 tokens (two pairs, few enough for their logits to be kept), TRL batches of two pairs, its fastest, without
 gradient checkpointing, as a user starts it and with the allocator and matrix products of our learner's process
 (`tuned`). Memory is the peak within a step above what the process holds between steps, once with layers stored and once
 with layers recomputed in the backward pass on both sides; the ratio is the worse of the two.
@@ -38,7 +38,7 @@ COMMON = {
     "max_grad_norm": 1e9,
     "threads": 2,
     "vocabulary": VOCABULARY,
-    "micro_batch_tokens": 2048,
+    "micro_batch_tokens": 1280,
     "trl_batch": 2,
 }
 """What each side is told, beside model and pairs."""

@@ -35,7 +35,7 @@ def measure(kind: str, tokens: int, vocabulary: int, hidden_size: int, vocab_chu
     hidden.grad = weight.grad = None
     before, start = settle(), time.perf_counter()
     if kind == "chunked":
-        logprobs = ChunkedLogprobs.apply(hidden, weight, None, targets, vocab_chunk, False)[0]  # type: ignore[no-untyped-call]
+        logprobs = ChunkedLogprobs.apply(hidden, weight, None, targets, vocab_chunk, False, 0)[0]  # type: ignore[no-untyped-call]
     else:
         logprobs = F.linear(hidden, weight).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     logprobs.sum().backward()

@@ -392,6 +392,9 @@ class LearnerConfig:
     replay_sequences: int = knob(0, "sequences of seed data in one optimizer step", low=0)
     replay_weight: float = knob(1.0, "of their token-mean loss beside the preference loss", low=0)
     vocab_chunk: int = knob(4096, "columns of the vocabulary whose logits are held at once", low=1)
+    logits_mb: int = knob(
+        128, "logits of a forward pass that are kept for the backward pass, MiB; more are computed again", low=0
+    )
     activation_checkpointing: str = knob(
         "none",
         "compute layers again in the backward pass instead of storing them: all of each, or all but matrix products",

@@ -143,7 +143,9 @@ def _learner(config: Config, shape: ModelShape) -> list[Need]:
         "selective": shape.num_layers * (7 * shape.hidden_size + 2 * shape.intermediate_size) + saved,
         "full": shape.num_layers * shape.hidden_size + saved,
     }[learner.activation_checkpointing]
-    activations = tokens * (values * BYTES[config.model.dtype] + min(learner.vocab_chunk, shape.vocab_size) * 4)
+    logits = tokens * min(learner.vocab_chunk, shape.vocab_size) * 4
+    logits += min(learner.logits_mb * MIB, tokens * shape.vocab_size * 4)  # at most: kept, beside a chunk
+    activations = tokens * values * BYTES[config.model.dtype] + logits
     return [
         Need(role="learner", what="learner: process", bytes=LEARNER_OVERHEAD),
         Need(

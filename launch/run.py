@@ -65,7 +65,8 @@ _MAY_CHANGE = (
         "generator.max_num_seqs",
         "generator.gpu_memory_utilization",
     ),
-    *("learner.num_threads", "learner.micro_batch_tokens", "learner.vocab_chunk", "learner.activation_checkpointing"),
+    *("learner.num_threads", "learner.micro_batch_tokens", "learner.activation_checkpointing"),
+    *("learner.vocab_chunk", "learner.logits_mb"),
 )
 _FEW_PROBLEMS = 50
 """On fewer an accuracy is known to within some 14 points at best."""

@@ -1,4 +1,4 @@
-"""Log-probs of completion tokens: packed, prompt-sharing and without stored logits; and the plain way beside it.
+"""Log-probs of completion tokens: packed, prompt-sharing, without logits of any size; and the plain way beside it.
 
 `token_logprobs` is what the learner runs. `plain_token_logprobs` is an ordinary padded forward: the reference that
 `check_packing` and the tests compare with, and what runs for architectures the packed form cannot serve.
@@ -49,12 +49,13 @@ class TokenScores:
 
 
 class ChunkedLogprobs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T + bias)[target] without ever holding [C, V] logits.
+    """log softmax(hidden @ weight.T + bias)[target] without holding [C, V] logits, unless they are few.
 
     The forward pass keeps a running maximum and sum over chunks of the vocabulary (online normalizer of Milakov and
-    Gimelshein 2018, algorithm 3); the backward pass computes each chunk's logits again. With p = softmax(logits) and
-    g the gradient of the result, the gradient of the logits is g * (onehot(target) - p). Everything between the
-    matrix products is fp32, and so are the products' results.
+    Gimelshein 2018, algorithm 3); the backward pass computes each chunk's logits again, a fourth product of the head
+    beside three, or scales what the forward pass kept. With p = softmax(logits) and g the gradient of the result, the
+    gradient of the logits is g * (onehot(target) - p). Everything between the matrix products is fp32, and so are the
+    products' results.
     """
 
     @staticmethod
@@ -66,13 +67,19 @@ class ChunkedLogprobs(torch.autograd.Function):
         targets: Tensor,
         vocab_chunk: int,
         collision: bool,
+        kept_bytes: int,
     ) -> tuple[Tensor, Tensor | None]:
-        """[C] fp32 from hidden [C, D], weight [V, D], bias [V] or None, targets [C]; and log sum p^2 [C] if asked."""
+        """[C] fp32 from hidden [C, D], weight [V, D], bias [V] or None, targets [C]; and log sum p^2 [C] if asked.
+
+        For the backward pass [C, V] fp32 are kept where they take at most `kept_bytes`.
+        """
         dtype = _product_dtype(hidden)
         states = hidden.to(dtype)
         maximum = torch.full((len(targets),), -torch.inf, device=hidden.device)
         total, squares = torch.zeros_like(maximum), torch.zeros_like(maximum)
         chosen = torch.zeros_like(maximum)
+        keeps = len(targets) * len(weight) * maximum.element_size() <= kept_bytes
+        kept: list[Tensor] = []
         for start in range(0, len(weight), vocab_chunk):
             logits = _chunk_logits(states, weight, bias, start, vocab_chunk)
             higher = torch.maximum(maximum, logits.amax(1))
@@ -81,11 +88,13 @@ class ChunkedLogprobs(torch.autograd.Function):
             shrunk = (maximum - higher).exp()
             total = total * shrunk + logits.sub_(higher[:, None]).exp_().sum(1)
             if collision:
-                squares = squares * shrunk.square() + logits.square_().sum(1)
+                squares = squares * shrunk.square() + torch.linalg.vecdot(logits, logits)
             maximum = higher
+            if keeps:
+                kept += [logits, maximum]
             del logits  # before the next chunk's are made
         normalizer = maximum + total.log()
-        ctx.save_for_backward(hidden, weight, bias, targets, normalizer)
+        ctx.save_for_backward(hidden, weight, bias, targets, normalizer, *kept)
         ctx.vocab_chunk = vocab_chunk
         ctx.dtype = dtype
         if not collision:
@@ -97,17 +106,21 @@ class ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of hidden, weight and bias, in their dtypes."""
-        hidden, weight, bias, targets, normalizer = ctx.saved_tensors
+        hidden, weight, bias, targets, normalizer, *kept = ctx.saved_tensors
         gradient = gradients[0].float()[:, None]
         states = hidden.to(ctx.dtype)
         to_hidden = torch.zeros(hidden.shape, device=hidden.device) if ctx.needs_input_grad[0] else None
         to_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         to_bias = torch.empty_like(bias) if ctx.needs_input_grad[2] else None
-        for start in range(0, len(weight), ctx.vocab_chunk):
-            slope = _chunk_logits(states, weight, bias, start, ctx.vocab_chunk)
+        for number, start in enumerate(range(0, len(weight), ctx.vocab_chunk)):
+            if kept:
+                logits, maximum = kept[2 * number : 2 * number + 2]
+                slope = logits * ((maximum - normalizer).exp()[:, None] * -gradient)
+            else:
+                slope = _chunk_logits(states, weight, bias, start, ctx.vocab_chunk)
+                slope.sub_(normalizer[:, None]).exp_().mul_(-gradient)
             columns = slice(start, start + slope.shape[1])
             index, inside = _target_columns(targets, start, slope.shape[1])
-            slope.sub_(normalizer[:, None]).exp_().mul_(-gradient)
             slope.scatter_add_(1, index, torch.where(inside[:, None], gradient, 0.0))
             if to_bias is not None:
                 to_bias[columns] = slope.sum(0)
@@ -117,7 +130,15 @@ class ChunkedLogprobs(torch.autograd.Function):
             if to_weight is not None:
                 to_weight[columns] = _product(slope.T, states)
             del slope
-        return to_hidden if to_hidden is None else to_hidden.to(hidden.dtype), to_weight, to_bias, None, None, None
+        return (
+            to_hidden if to_hidden is None else to_hidden.to(hidden.dtype),
+            to_weight,
+            to_bias,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
@@ -168,7 +189,13 @@ def completion_indices(columns: PackedColumns) -> tuple[np.ndarray, np.ndarray]:
 
 
 def token_logprobs(
-    model: nn.Module, columns: PackedColumns, *, vocab_chunk: int, collision: bool = False, way: Way | None = None
+    model: nn.Module,
+    columns: PackedColumns,
+    *,
+    vocab_chunk: int,
+    logits_mb: int = 0,
+    collision: bool = False,
+    way: Way | None = None,
 ) -> TokenScores:
     """Scores of each completion token; differentiable.
 
@@ -176,6 +203,7 @@ def token_logprobs(
         model: a causal language model of transformers whose attention implementation is `packed.ATTENTION`.
         columns: the packed tokens; completions in order.
         vocab_chunk: columns of the vocabulary whose logits exist at once.
+        logits_mb: all of them, where there is a backward pass, are kept for it if they take no more MiB than this.
         collision: give `TokenScores.log_collision` too.
         way: see `run_base_model`.
 
@@ -190,7 +218,8 @@ def token_logprobs(
     hidden = F.embedding(torch.from_numpy(predictors).to(hidden.device), hidden)
     wanted = torch.from_numpy(columns.tokens[targets].astype(np.int64)).to(hidden.device)
     apply: Any = ChunkedLogprobs.apply
-    logprobs, log_collision = apply(hidden, head.weight, head.bias, wanted, vocab_chunk, collision)
+    kept_bytes = logits_mb << 20 if torch.is_grad_enabled() else 0
+    logprobs, log_collision = apply(hidden, head.weight, head.bias, wanted, vocab_chunk, collision, kept_bytes)
     lengths = torch.from_numpy(columns.completion_lengths.astype(np.int64)).to(hidden.device)
     states = torch.segment_reduce(hidden.detach().float(), "sum", lengths=lengths, axis=0)
     return TokenScores(logprobs=logprobs, log_collision=log_collision, states=states)

@@ -65,6 +65,7 @@ class Policy(nn.Module):
         model: from `load_model`, on its device.
         dtype: "float32" or "bfloat16", of the matrix products.
         vocab_chunk: columns of the vocabulary whose logits exist at once.
+        logits_mb: see `token_logprobs`.
         activation_checkpointing: "none", "full": layers are computed again in the backward pass, or "selective": all of
             a layer but its matrix products and attention kernels, whose results are kept.
         flex: share prompts in attention on a GPU, if that proves right for the model.
@@ -77,6 +78,7 @@ class Policy(nn.Module):
         *,
         dtype: str,
         vocab_chunk: int,
+        logits_mb: int = 0,
         activation_checkpointing: str = "none",
         flex: bool = False,
         seed: int = 0,
@@ -85,6 +87,7 @@ class Policy(nn.Module):
         self.model = model
         self.dtype = DTYPES[dtype]
         self.vocab_chunk = vocab_chunk
+        self.logits_mb = logits_mb
         self.device = next(model.parameters()).device
         anyhow: Any = model
         anyhow.set_attn_implementation(ATTENTION)
@@ -117,7 +120,12 @@ class Policy(nn.Module):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             if self.packing_refused is None:
                 return token_logprobs(
-                    self.model, columns, vocab_chunk=self.vocab_chunk, collision=collision, way=self.way
+                    self.model,
+                    columns,
+                    vocab_chunk=self.vocab_chunk,
+                    logits_mb=self.logits_mb,
+                    collision=collision,
+                    way=self.way,
                 )
             return plain_token_logprobs(self.model, columns, collision=collision)
 

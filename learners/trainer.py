@@ -90,6 +90,7 @@ class Trainer:
             model,
             dtype=dtype,
             vocab_chunk=learner.vocab_chunk,
+            logits_mb=learner.logits_mb,
             activation_checkpointing=learner.activation_checkpointing,
             flex=learner.flex_attention,
             seed=seed,

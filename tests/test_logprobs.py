@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import FalconConfig, Gemma2Config, LlamaConfig, MambaConfig
 
 from learners import flex_attention
+from learners import logprobs as logprobs_module
 from learners.cpu_attention import Group
 from learners.logprobs import ChunkedLogprobs, check_flex, check_packing, plain_token_logprobs, token_logprobs
 from learners.packed import ATTENTION, Way, can_share, plan_packing
@@ -76,11 +77,11 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("name", "way"), WAYS)
-@given(columns=packed_columns(), vocab_chunk=st.sampled_from([1, 7, 60, 61, 1000]))
+@given(columns=packed_columns(), vocab_chunk=st.sampled_from([1, 7, 60, 61, 1000]), logits_mb=st.sampled_from([0, 1]))
 @settings(max_examples=20, deadline=None)
-def test_packed_equals_plain_with_gradients(name, way, columns, vocab_chunk):
+def test_packed_equals_plain_with_gradients(name, way, columns, vocab_chunk, logits_mb):
     model = packed_model(name)
-    packed = token_logprobs(model, columns, vocab_chunk=vocab_chunk, collision=True, way=way)
+    packed = token_logprobs(model, columns, vocab_chunk=vocab_chunk, logits_mb=logits_mb, collision=True, way=way)
     plain = plain_token_logprobs(model, columns, collision=True)
     torch.testing.assert_close(packed.log_collision, plain.log_collision, atol=1e-5, rtol=0)
     torch.testing.assert_close(packed.logprobs, plain.logprobs, atol=1e-5, rtol=1e-5)
@@ -214,10 +215,11 @@ def test_rows_of_different_length_do_not_share_a_bucket():
     vocabulary=st.integers(1, 9),
     chunk=st.integers(1, 11),
     bias=st.booleans(),
+    kept_bytes=st.sampled_from([0, 1 << 20]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=40, deadline=None)
-def test_chunked_logprobs_with_gradients(rows, vocabulary, chunk, bias, seed):
+@settings(max_examples=60, deadline=None)
+def test_chunked_logprobs_with_gradients(rows, vocabulary, chunk, bias, kept_bytes, seed):
     generator = torch.Generator().manual_seed(seed)
 
     def leaf(*shape):
@@ -227,16 +229,40 @@ def test_chunked_logprobs_with_gradients(rows, vocabulary, chunk, bias, seed):
     hidden, weight, offset = (*leaves, None)[:3]
     targets = torch.randint(0, vocabulary, (rows,), generator=generator)
     slopes = torch.randn(rows, generator=generator)
-    whole = torch.nn.functional.linear(hidden, weight, offset).log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    ours = ChunkedLogprobs.apply(hidden, weight, offset, targets, chunk, False)[0]
+    everywhere = torch.nn.functional.linear(hidden, weight, offset).log_softmax(-1)
+    whole = everywhere.gather(1, targets[:, None])[:, 0]
+    ours, collision = ChunkedLogprobs.apply(hidden, weight, offset, targets, chunk, True, kept_bytes)
     torch.testing.assert_close(ours, whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(collision, (2 * everywhere).logsumexp(1).detach(), atol=1e-5, rtol=1e-5)
     expected = torch.autograd.grad((whole * slopes).sum(), leaves)
-    torch.testing.assert_close(torch.autograd.grad((ours * slopes).sum(), leaves), expected, atol=1e-5, rtol=1e-5)
+    for _ in range(2):  # what is kept outlasts a backward pass
+        found = torch.autograd.grad((ours * slopes).sum(), leaves, retain_graph=True)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_logits_are_kept_where_they_are_few(monkeypatch):
+    """A product a chunk in the forward pass; in the backward pass two, and a third where they are computed again."""
+    made = []
+    product = logprobs_module._product
+    monkeypatch.setattr("learners.logprobs._product", lambda *sides: made.append(sides) or product(*sides))
+    model = packed_model("llama")
+    columns = pack_sequences([((1, 2), (3, 4)), ((1, 2), (5,))])[0]
+    for logits_mb, in_backward in ((1, 2), (0, 3)):
+        logprobs = token_logprobs(model, columns, vocab_chunk=VOCAB, logits_mb=logits_mb).logprobs
+        made.clear()
+        logprobs.sum().backward()
+        assert len(made) == in_backward
+    hidden, weight = torch.zeros(2, 4, requires_grad=True), torch.zeros(8, 4)
+    few, many = (
+        ChunkedLogprobs.apply(hidden, weight, None, torch.tensor([0, 1]), 8, False, kept_bytes)[0]
+        for kept_bytes in (2 * 8 * 4, 2 * 8 * 4 - 1)
+    )
+    assert len(few.grad_fn.saved_tensors) == len(many.grad_fn.saved_tensors) + 2
 
 
 def test_huge_logits_do_not_overflow():
     hidden, weight = torch.tensor([[1e4]]), torch.tensor([[1.0], [-1.0], [0.5]])
-    logprobs = ChunkedLogprobs.apply(hidden, weight, None, torch.tensor([0]), 2, False)[0]
+    logprobs = ChunkedLogprobs.apply(hidden, weight, None, torch.tensor([0]), 2, False, 0)[0]
     assert logprobs.item() == 0.0
 
 
