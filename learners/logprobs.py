@@ -1,4 +1,4 @@
-"""Log-probs of completion tokens: packed, prompt-sharing, without logits of any size; and the plain way beside it.
+"""Log-probs of completion tokens: packed, prompt-sharing, a chunk of logits at a time; and the plain way beside it.
 
 `token_logprobs` is what the learner runs. `plain_token_logprobs` is an ordinary padded forward: the reference that
 `check_packing` and the tests compare with, and what runs for architectures the packed form cannot serve.
