@@ -169,7 +169,7 @@ def main() -> int:
         for seed in options.seeds:
             model = ensure_tiny_model(ModelConfig(tiny=TinyConfig(seed=seed)), AdditionTask())
             order = 100 * draw + seed
-            for side in options.sides if order % 2 else options.sides[::-1]:  # neither always comes first
+            for side in options.sides[:: 1 if (draw + seed) % 2 else -1]:  # each comes first in its turn
                 with tempfile.TemporaryDirectory() as temporary:
                     folder = Path(temporary)
                     if side == "agon":

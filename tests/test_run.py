@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -21,7 +22,7 @@ from launch.audit import audit
 from launch.export import export
 from launch.placement import _signals_held, start_ray
 from launch.profile import profile
-from launch.run import _signals_interrupt, _signals_restored, run
+from launch.run import Run, _signals_interrupt, _signals_restored, run
 from learners.checkpoint import Checkpoint
 from orchestrator.errors import ConfigError, DeadlineError, ModelError
 from orchestrator.ledger import LedgerReader
@@ -342,3 +343,24 @@ def test_a_finished_run_can_be_extended_but_not_changed(finished):
     assert run(compose(["pipeline.iterations=4"], config), resume=finished) == 0
     assert weights_of(finished) != before
     assert json.loads((finished / "summary.json").read_text())["iterations"] == 4
+
+
+@pytest.mark.parametrize(
+    ("found", "scorer", "said"),
+    [
+        (7, "verifier", "only 7 held-out prompts to evaluate on: raise task.test_fraction"),
+        (60, "verifier", "60 prompts are held out: evaluation.final_problems=100 takes all of them"),
+        (100, "verifier", None),
+        (7, "none", None),
+    ],
+)
+def test_it_is_said_where_fewer_prompts_are_held_out_than_are_asked_for(found, scorer, said):
+    messages = []
+    started = SimpleNamespace(
+        _config=compose([f"evaluation.scorer={scorer}", "evaluation.final_problems=100"]),
+        _inputs=SimpleNamespace(test_prompts=range(found)),
+        _tracker=SimpleNamespace(message=messages.append),
+    )
+    Run._warn_of_few_problems(started)
+    assert len(messages) == (said is not None)
+    assert all(said in message for message in messages)
