@@ -22,6 +22,7 @@ from launch.model_files import find_model, folder_version
 from learners.learner import Learner
 from orchestrator.errors import DeadlineError
 from orchestrator.pools import ActorPool
+from orchestrator.queues import BatchQueue
 from orchestrator.remote import actor_class
 from orchestrator.rollouts import Roles
 from orchestrator.seeds import derive_seed
@@ -110,6 +111,10 @@ def _init_ray(config: Config) -> None:
             "task_events_report_interval_ms": 0,
             # Workers in advance: actors have environments of their own, so that those would only take time from them.
             "prestart_worker_first_driver": False,
+            # Raylet's wait where its object store does not listen yet, which happens where cores are busy: Ray's
+            # own are 10 of a second each.
+            "raylet_client_connect_timeout_milliseconds": 50,
+            "raylet_client_num_connect_attempts": 200,
         },
         **quiet,
     )
@@ -247,6 +252,15 @@ def start_learner(
         workers_per_receiver=config.generator.tensor_parallel_size,
         seeds=seeds,
         seed=derive_seed(config.seed, "learner"),
+    )
+
+
+def start_queue(config: Config) -> BatchQueue:
+    """Starts the queue between packing and the learner, and does not wait for it."""
+    return BatchQueue.create(
+        config.pipeline.queue_capacity,
+        deadline_s=config.learner.step_deadline_s,
+        runtime_env=_environment(1, gpus=0),
     )
 
 

@@ -7,7 +7,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from launch.judges import Judges
-from launch.placement import start_learner, start_ray, start_roles
+from launch.placement import start_learner, start_queue, start_ray, start_roles
 from launch.seeds import load_seeds
 from orchestrator.accounts import Accounts
 from orchestrator.archive import Archive
@@ -113,7 +113,15 @@ def _learning(
         probe_token_ids=_probe(prompts, min(PROBE_TOKENS, config.model.max_length)),
         seeds=load_seeds(config, model_dir, inputs.tokenizer),
     )
-    return Learning(config=config, run_dir=inputs.run_dir, start=start, ledger=ledger, accounts=accounts, emit=emit)
+    return Learning(
+        config=config,
+        run_dir=inputs.run_dir,
+        start=start,
+        start_queue=partial(start_queue, config),
+        ledger=ledger,
+        accounts=accounts,
+        emit=emit,
+    )
 
 
 def _warn_of_padding(learning: Learning, tracker: Tracker) -> None:

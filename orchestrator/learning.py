@@ -28,7 +28,6 @@ from orchestrator.errors import (
     UnsettledError,
 )
 from orchestrator.events import Event, EventKind
-from orchestrator.queues import BatchQueue
 from orchestrator.remote import fetch
 from orchestrator.waits import Peer, forget, introduce
 
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from orchestrator.accounts import Accounts, CheckpointRecord
     from orchestrator.events import Emit
     from orchestrator.ledger import Ledger
+    from orchestrator.queues import BatchQueue
 
 Result = TypeVar("Result")
 
@@ -54,6 +54,7 @@ class Learning:
         config: of the run.
         run_dir: its folder.
         start: starts a learner's actor.
+        start_queue: starts a queue's.
         ledger: whose transactions change what counts.
         accounts: of the ledger.
         emit: told of deaths and of damaged checkpoints.
@@ -65,6 +66,7 @@ class Learning:
         config: Config,
         run_dir: Path,
         start: Callable[[], Any],
+        start_queue: Callable[[], BatchQueue],
         ledger: Ledger,
         accounts: Accounts,
         emit: Emit,
@@ -72,6 +74,7 @@ class Learning:
         self._config = config
         self._run_dir = run_dir
         self._start = start
+        self._start_queue = start_queue
         self._ledger = ledger
         self._accounts = accounts
         self._emit = emit
@@ -92,7 +95,7 @@ class Learning:
         """False of a learner that was started anew and does not hold the last checkpoint that counts yet."""
         self.tidy(partial=True)  # nobody writes yet
         self.actor = self._begin()
-        self.queue = self._new_queue()
+        self.queue = self._start_queue()
 
     def wait_ready(self) -> None:
         """Waits until the learner and its queue are up; where a process is killed on the way, others take their place.
@@ -307,11 +310,8 @@ class Learning:
     def _renew_queue(self) -> None:
         """A queue that knows nothing of batches that were handed out before."""
         self.queue.end()
-        self.queue = self._new_queue()
+        self.queue = self._start_queue()
         self.queue.wait_ready(self._config.learner.start_deadline_s)
-
-    def _new_queue(self) -> BatchQueue:
-        return BatchQueue.create(self._config.pipeline.queue_capacity, deadline_s=self._config.learner.step_deadline_s)
 
     def _tell(self, kind: EventKind, text: str) -> None:
         self._emit(Event(kind=kind, role="learner", actor="learner", failure=FailureKind.INFRASTRUCTURE, text=text))

@@ -27,7 +27,7 @@ from orchestrator.remote import actor_class, fetch
 from orchestrator.stacks import Observable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -212,9 +212,10 @@ class BatchQueue:
         self._deadline_s = deadline_s
 
     @classmethod
-    def create(cls, capacity: int, *, deadline_s: float) -> BatchQueue:
-        """Starts the queue's actor, and does not wait for it."""
-        actor = actor_class(QueueActor).options(num_cpus=0, max_concurrency=64).remote(capacity)
+    def create(cls, capacity: int, *, deadline_s: float, runtime_env: Mapping[str, Any] | None = None) -> BatchQueue:
+        """Starts the queue's actor, in an environment of Ray's, and does not wait for it."""
+        options = {"num_cpus": 0, "max_concurrency": 64, "runtime_env": runtime_env}
+        actor = actor_class(QueueActor).options(**options).remote(capacity)
         return cls(actor, deadline_s, capacity)
 
     def wait_ready(self, deadline_s: float) -> None:

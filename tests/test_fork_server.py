@@ -71,6 +71,18 @@ def test_a_fork_finds_what_a_python_finds(client, script, tmp_path):
     assert fork == plain
 
 
+def test_most_of_what_ray_brings_with_it_is_there_before(client, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, sys; before = set(sys.modules); import ray, ray.util.serialization_addons\n"
+        "import ray._common.pydantic_compat, starlette.datastructures, uvloop\n"
+        "print(json.dumps([one for one in {*sys.modules} - before if one.partition('.')[0] != 'ray']))\n"
+        "print('on stderr', file=sys.stderr)"
+    )
+    plain, fork = (len(said(command, script, tmp_path)) for command in ([sys.executable], client))
+    assert 5 * fork < plain
+
+
 @pytest.mark.parametrize("left", [False, True])
 def test_without_a_server_it_is_a_python(left, script, tmp_path):
     with fork_server(compose([])):

@@ -22,7 +22,7 @@ from orchestrator.errors import (
 from orchestrator.events import EventKind
 from orchestrator.learning import Learning
 from orchestrator.ledger import Ledger
-from orchestrator.queues import LeaseBuffer, at_once
+from orchestrator.queues import BatchQueue, LeaseBuffer, at_once
 from orchestrator.stacks import Observable
 from orchestrator.training import Training
 
@@ -72,6 +72,7 @@ def start_learning(ledger, folder, events, learner=FakeLearner, *arguments):
         config=compose(["learner.restarts=2"]),
         run_dir=folder,
         start=lambda: ray.remote(learner).options(num_cpus=0, max_concurrency=2).remote(*arguments),
+        start_queue=lambda: BatchQueue.create(4, deadline_s=30),
         ledger=ledger,
         accounts=Accounts(ledger),
         emit=events.append,
