@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import xxhash
@@ -47,9 +47,11 @@ _MOST_THREADS = 4  # enough to fill the memory's bandwidth
 _CHUNK_BYTES = 1 << 20  # what was just copied is summed up while it is still in the core's own cache
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TensorRecord:
-    """Where one tensor lies in the buckets and what its bytes must be."""
+class TensorRecord(NamedTuple):
+    """Where one tensor lies in the buckets and what its bytes must be.
+
+    A tuple, since a publication has hundreds, and each is pickled for every generator that waits for it.
+    """
 
     name: str
     """Hugging Face checkpoint name."""
