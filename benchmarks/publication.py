@@ -2,12 +2,13 @@
 
     python -m benchmarks.publication
 
-`agon` is all that stands between the end of training and a generator that answers with the new weights: a sign of life
-of the generator, copy with checksums, adopt, read back, compare. Weights change between two publications. `memcpy`
-copies the same bytes from one array to another, both touched before. The probe sequence, whose log-probs under the
-learner's weights a generator must reproduce, is scored by the learner as training ends and by a generator until weights
-that differ enough have agreed: neither is in the figures. `floor` is what is left without processes and calls: the
-bytes copied once, to where both see them, and summed up twice (as they leave, and where they arrived), by two threads.
+`agon` is all that stands between the end of training and a generator that answers with the new weights: copy with
+checksums and, meanwhile, a sign of life of the generator, adopt, read back, compare. Weights change between two
+publications. `memcpy` copies the same bytes from one array to another, both touched before. The probe sequence, whose
+log-probs under the learner's weights a generator must reproduce, is scored by the learner as training ends and by a
+generator until weights that differ enough have agreed: neither is in the figures. `floor` is what is left without
+processes and calls: the bytes copied once, to where both see them, and summed up twice (as they leave, and where they
+arrived), by two threads.
 """
 
 from __future__ import annotations
@@ -79,8 +80,9 @@ def published(learner: Any, generator: Any, node: str, numbers: Iterator[int]) -
 
 def publish(learner: Any, generator: Any, node: str, numbers: Iterator[int]) -> None:
     """See `published`."""
+    publishing = learner.publish.remote(next(numbers), [generator], [node], WAIT_S)
     ray.get(generator.ready.remote(), timeout=WAIT_S)
-    publication = ray.get(learner.publish.remote(next(numbers), [generator], [node], WAIT_S), timeout=WAIT_S)
+    publication = ray.get(publishing, timeout=WAIT_S)
     ray.get(generator.update_weights.remote(publication, WAIT_S), timeout=WAIT_S)
 
 

@@ -111,8 +111,8 @@ def _init_ray(config: Config) -> None:
             "task_events_report_interval_ms": 0,
             # Workers in advance: actors have environments of their own, so that those would only take time from them.
             "prestart_worker_first_driver": False,
-            # Raylet's wait where its object store does not listen yet, which happens where cores are busy: Ray's
-            # own are 10 of a second each.
+            # A node whose own object store does not listen yet, as where cores are busy, tries again so soon, not
+            # after a second.
             "raylet_client_connect_timeout_milliseconds": 50,
             "raylet_client_num_connect_attempts": 200,
         },

@@ -51,7 +51,7 @@ def build_context(
     learning = _learning(config, inputs, model_dir, ledger, accounts, emit)
     roles = start_roles(config, model_dir=str(model_dir), learner=learning, emit=emit)
     _warn_of_padding(learning, tracker)
-    publisher = Publisher(roles, accounts, config.cluster.publish_deadline_s)
+    publisher = Publisher(roles, accounts, config.cluster)
     quarantined, floor = dict(accounts.quarantined()), Floor()
     judges = Judges(config, roles, inputs, publisher, quarantined)
     judge, rollouts = judges.judge(), Rollouts(roles, config, tracker, quarantined=quarantined)

@@ -11,6 +11,7 @@ from orchestrator.remote import fetch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from conf.schema import ClusterConfig
     from orchestrator.accounts import Accounts
     from orchestrator.rollouts import Roles
     from orchestrator.types import PolicyVersion
@@ -23,10 +24,12 @@ _KNOB = "cluster.publish_deadline_s"
 class Publisher:
     """Keeps the current publication alive and brings generators up to date."""
 
-    def __init__(self, roles: Roles, accounts: Accounts, deadline_s: float) -> None:
+    def __init__(self, roles: Roles, accounts: Accounts, cluster: ClusterConfig) -> None:
         self._roles = roles
         self._accounts = accounts
-        self._deadline_s = deadline_s
+        self._deadline_s = cluster.publish_deadline_s
+        self._is_sent = cluster.weight_transport != "object_store"
+        """Whether the learner sends to each generator (NCCL, IPC), and leaves no bytes to be read."""
         self._current: Publication | None = None
         self._shares = True
         """Whether the learner's memory is tried; not any more once it lived and nobody could read it."""
@@ -94,21 +97,31 @@ class Publisher:
 
     def _send(self, number: int, *, share: bool) -> Publication:
         learner, generators = self._roles.learner, self._roles.generators
-        # Whoever died since they were asked last is replaced first: NCCL waits for all whom it was told of, and where
-        # the new one is decides how weights travel.
-        generators.broadcast(
+        # Whoever died since they were asked last is replaced before: NCCL waits for all whom it was told of. Bytes are
+        # laid out for all, which takes no receiver, meanwhile; where a new one is decides whether it can read them.
+        if self._is_sent:
+            self._replace_dead()
+        while True:
+            nodes = generators.nodes
+            publishing = learner.actor.publish.remote(
+                number, generators.actors, nodes if share else None, self._deadline_s
+            )
+            if not self._is_sent:
+                self._replace_dead()
+            publication: Publication = fetch(
+                publishing,
+                what=f"learner: publish weights v{number}",
+                deadline_s=self._deadline_s,
+                knob=_KNOB,
+            )
+            if publication.shared is None or generators.nodes == nodes:
+                self._current = publication
+                return publication
+
+    def _replace_dead(self) -> None:
+        self._roles.generators.broadcast(
             lambda actor: actor.ready.remote(), what="sign of life", deadline_s=self._deadline_s, knob=_KNOB
         )
-        publication: Publication
-        publication = self._current = fetch(
-            learner.actor.publish.remote(
-                number, generators.actors, generators.nodes if share else None, self._deadline_s
-            ),
-            what=f"learner: publish weights v{number}",
-            deadline_s=self._deadline_s,
-            knob=_KNOB,
-        )
-        return publication
 
     def _bring_up_to_date(self, actor: Any) -> None:
         """A generator that starts after the first publication gets the current one before it answers anything.

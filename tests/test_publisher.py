@@ -7,6 +7,7 @@ from threading import Event, RLock, Thread, Timer
 import pytest
 import ray
 
+from conf.schema import ClusterConfig
 from orchestrator.errors import ActorLostError, UnsettledError, WeightsLostError
 from orchestrator.publisher import Publisher
 from orchestrator.rollouts import Roles
@@ -82,10 +83,12 @@ class Accounts:
         pass
 
 
-def make(hidden):
+def make(hidden, transport="object_store"):
     learner = Learning(ray.remote(num_cpus=0)(FakeLearner).remote(hidden))
     roles = Roles(generators=Pool(), scorers={}, judges=None, learner=learner)
-    return Publisher(roles, Accounts(), 20.0), learner.actor
+    return Publisher(
+        roles, Accounts(), ClusterConfig(publish_deadline_s=20.0, weight_transport=transport)
+    ), learner.actor
 
 
 def test_memory_is_shared_where_it_can_be_read(ray_cluster):
@@ -93,6 +96,37 @@ def test_memory_is_shared_where_it_can_be_read(ray_cluster):
     for number in (1, 2):
         assert publisher.publish(number, number).number == number
     assert ray.get(learner.asked_for.remote()) == [["node"]] * 2
+
+
+def test_weights_are_laid_where_a_generator_reads_them_that_took_the_place_of_a_dead_one(ray_cluster):
+    """On another node: it is found dead while the learner lays them out for those that were there."""
+    publisher, learner = make(hidden=False)
+    pool = publisher._roles.generators
+    broadcast = pool.broadcast
+
+    def replace(call, *, what, **options):
+        if what == "sign of life":
+            pool.nodes = ["node", "other"]
+        return broadcast(call, what=what, **options)
+
+    pool.broadcast = replace
+    assert publisher.publish(1, 1).number == 1
+    assert ray.get(learner.asked_for.remote()) == [["node"], ["node", "other"]]
+
+
+@pytest.mark.parametrize("transport", ["object_store", "nccl"])
+def test_dead_generators_are_replaced_before_any_weights_are_sent_to_them(ray_cluster, transport):
+    publisher, learner = make(hidden=False, transport=transport)
+    pool, asked = publisher._roles.generators, []
+    broadcast = pool.broadcast
+
+    def note(call, *, what, **options):
+        asked.append((what.split()[0], len(ray.get(learner.asked_for.remote()))))
+        return broadcast(call, what=what, **options)
+
+    pool.broadcast = note
+    publisher.publish(1, 1)
+    assert asked == [("sign", int(transport == "object_store")), ("load", 1)]
 
 
 def test_weights_that_die_with_their_learner_as_they_are_published_leave_the_ones_before(ray_cluster, monkeypatch):
