@@ -78,7 +78,8 @@ def report(found: Comparison, *, packages: Sequence[str] = _PACKAGES) -> int:
     table = _table(found)
     print(f"{found.title}\n\n{table}\n", flush=True)
     _keep_ratio(found)
-    _keep_section(found, f"{_machine()}. {_versions(packages)}.", table)
+    peers = [f"trl {_pinned_trl()}"] if any("TRL" in side for side in found.sides) else []
+    _keep_section(found, f"{_machine()}. {', '.join([_versions(packages), *peers])}.", table)
     return int(not found.accepted)
 
 
@@ -119,6 +120,12 @@ def _machine() -> str:
     flags = next((line for line in lines if line.startswith("flags")), "")
     extras = [name for name in ("avx512f", "amx_bf16") if name in flags.split()]
     return f"{os.cpu_count()} x {names[0] if names else platform.machine()} ({', '.join(extras) or 'no AVX-512'})"
+
+
+def _pinned_trl() -> str:
+    """In its environment of its own."""
+    pinned = (FOLDER.parent / "requirements" / "trl.txt").read_text().split()
+    return next(line.partition("==")[2] for line in pinned if line.startswith("trl=="))
 
 
 def _versions(packages: Sequence[str]) -> str:

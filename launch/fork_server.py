@@ -183,7 +183,8 @@ def _read_environment() -> None:
     import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    np.random.seed()  # each fork has a state of its own
+    np.random.seed()  # each fork has states of its own
+    torch.seed()
 
 
 if __name__ == "__main__":

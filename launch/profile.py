@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import DataError
@@ -19,10 +20,14 @@ if TYPE_CHECKING:
 
 Stretch = tuple[str, float, float]
 """A kind of work or a stage, its start and its end, in seconds since the epoch."""
+Times = list[tuple[float, float]]
+"""In order, without overlaps."""
 
 _WIDTH = 96
 _SHOWN_ITERATIONS = 3
 _IDLE, _DOWN = ".", " "
+_PAUSE = 0.05
+"""Share of the shown stages that a pause between them takes at most in a timeline: a run may be resumed days later."""
 _KINDS = (
     *("collect", "train", "publish", "evaluate", "promote", "settle"),
     *("step", "reference", "decode", "load weights", "score", "copy state", "KL"),
@@ -45,17 +50,24 @@ def profile(run: Path, *, as_json: bool = False, trace: Path | None = None) -> s
         phases = [phase for phase in ledger.phases() if phase.seconds is not None]
     stages = _foremost(phases)
     actors: dict[str, list[Stretch]] = defaultdict(list)
+    there: dict[str, list[Stretch]] = defaultdict(list)
     for line in read_profile(run):
         actors[line["actor"]] += [(what, start, start + seconds) for what, start, seconds in line["spans"]]
+        there[line["actor"]].append(("there", line["since"], line["until"]))
     if not actors or not stages:
         raise DataError(f"{run}: nothing was noted yet: {FILE_NAME} is written at the end of each iteration")
     if trace is not None:
         _write_trace(trace, {"controller": stages, **actors})
-    shares = {name: _shares(spans, stages) for name, spans in sorted(actors.items())}
+    presence = {name: _union([*there[name], *spans]) for name, spans in actors.items()}
+    shares = {name: _shares(spans, stages, presence[name]) for name, spans in sorted(actors.items())}
     if as_json:
         return dump_json({"run": str(run), "seconds": _total(stages), "actors": shares}, indent=2)
     return "\n".join(
-        [*_table(shares, _total(stages)), "", *_timeline(_latest(stages, phases), dict(sorted(actors.items())))]
+        [
+            *_table(shares, _total(stages)),
+            "",
+            *_timeline(_latest(stages, phases), dict(sorted(actors.items())), presence),
+        ]
     )
 
 
@@ -94,8 +106,8 @@ def _total(stages: Iterable[Stretch]) -> float:
     return sum(end - start for _, start, end in stages)
 
 
-def _shares(spans: Sequence[Stretch], stages: Sequence[Stretch]) -> dict[str, dict[str, float]]:
-    """Seconds of each kind of work, and seconds of waiting in each stage.
+def _shares(spans: Sequence[Stretch], stages: Sequence[Stretch], there: Times) -> dict[str, dict[str, float]]:
+    """Seconds of each kind of work, and seconds of waiting in each stage while the actor was there.
 
     Work that overlaps (a checkpoint is written while training goes on) counts in each of its kinds, and once against
     waiting.
@@ -105,21 +117,27 @@ def _shares(spans: Sequence[Stretch], stages: Sequence[Stretch]) -> dict[str, di
         working[what] += end - start
     busy = _union(spans)
     waiting: dict[str, float] = defaultdict(float)
-    for stage, start, end in stages:
-        waiting[stage] += (end - start) - sum(max(0.0, min(end, until) - max(start, since)) for since, until in busy)
+    for stage in stages:
+        waiting[stage[0]] += _common(stage, there) - _common(stage, busy)
     return {
         "working": _longest_first(working),
         "waiting": {stage: seconds for stage, seconds in _longest_first(waiting).items() if seconds > 0},
     }
 
 
+def _common(stretch: Stretch, times: Times) -> float:
+    """Seconds that a stretch has in common with them."""
+    _, start, end = stretch
+    return sum(max(0.0, min(end, until) - max(start, since)) for since, until in times)
+
+
 def _longest_first(seconds: dict[str, float]) -> dict[str, float]:
     return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 
-def _union(spans: Iterable[Stretch]) -> list[tuple[float, float]]:
-    """The times that any of the spans cover, without overlaps."""
-    covered: list[tuple[float, float]] = []
+def _union(spans: Iterable[Stretch]) -> Times:
+    """The times that any of the spans cover."""
+    covered: Times = []
     for _, start, end in sorted(spans, key=lambda span: span[1]):
         if covered and start <= covered[-1][1]:
             covered[-1] = covered[-1][0], max(covered[-1][1], end)
@@ -145,22 +163,49 @@ def _table(shares: dict[str, dict[str, dict[str, float]]], total: float) -> list
     return lines
 
 
-def _timeline(stages: Sequence[Stretch], actors: dict[str, list[Stretch]]) -> list[str]:
+def _timeline(stages: Sequence[Stretch], actors: dict[str, list[Stretch]], presence: dict[str, Times]) -> list[str]:
     """A row for the stages and one for each actor; each column is what filled most of its time."""
     if not stages:
         return []
-    start, end = min(since for _, since, _ in stages), max(until for _, _, until in stages)
-    rows = {"stage": stages, **actors}
+    pauses = _pauses(stages)
+    rows = {name: _drawn_together(spans, pauses) for name, spans in {"stage": stages, **actors}.items()}
+    there = {
+        name: _union(_drawn_together([("there", *time) for time in times], pauses)) for name, times in presence.items()
+    }
+    start, end = min(since for _, since, _ in rows["stage"]), max(until for _, _, until in rows["stage"])
     width = max(map(len, rows))
     kinds = {what for spans in rows.values() for what, _, until in spans if until > start}
     letters = _letters(dict.fromkeys((*_KINDS, *sorted(kinds))))
-    lines = [f"the last {end - start:.1f} s, a column {(end - start) / _WIDTH:.2g} s"]
-    drawn = {name: list(_columns(spans, start, (end - start) / _WIDTH, letters)) for name, spans in rows.items()}
+    left_out = sum(until - since for since, until in pauses)
+    without = f", without {left_out:.0f} s in which the run was down" if pauses else ""
+    column_s = (end - start) / _WIDTH
+    lines = [f"the last {end - start:.1f} s, a column {column_s:.2g} s{without}"]
+    drawn = {name: list(_columns(spans, start, column_s, letters)) for name, spans in rows.items()}
     for name, columns in drawn.items():
-        shown = (_DOWN if {one, stage} == {_IDLE} else one for one, stage in zip(columns, drawn["stage"], strict=True))
+        shown = []
+        for index, (one, stage) in enumerate(zip(columns, drawn["stage"], strict=True)):
+            column = ("", start + index * column_s, start + (index + 1) * column_s)
+            is_there = stage != _IDLE and (name == "stage" or _common(column, there[name]) > column_s / 2)
+            shown.append(one if one != _IDLE or is_there else _DOWN)
         lines.append(f"{name:{width}}  {''.join(shown)}".rstrip())
     legend = ", ".join(f"{letter} {what}" for what, letter in letters.items() if what in kinds)
     return [*lines, f"{'':{width}}  {legend}, {_IDLE} waiting, blank between stages or not running"]
+
+
+def _pauses(stages: Sequence[Stretch]) -> Times:
+    """What is left out of the times between stages, so that none of them is long."""
+    covered = _union(stages)
+    most = _PAUSE * sum(end - start for start, end in covered)
+    return [(end + most, start) for (_, end), (start, _) in pairwise(covered) if start - end > most]
+
+
+def _drawn_together(spans: Sequence[Stretch], pauses: Times) -> list[Stretch]:
+    """Spans as if the pauses had not been."""
+
+    def moved(time: float) -> float:
+        return time - sum(min(max(0.0, time - since), until - since) for since, until in pauses)
+
+    return [(what, moved(start), moved(end)) for what, start, end in spans]
 
 
 def _columns(spans: Sequence[Stretch], start: float, column_s: float, letters: dict[str, str]) -> Iterable[str]:

@@ -163,7 +163,7 @@ class Learner(Observable):
                     queue.redeliver(lease.id)
         if done:
             queue.acknowledge(done)
-        self._score_probe()  # now, while generators are at work: a publication makes them wait
+        self._score_probe()  # now: in async mode generators are at work, and a publication makes them wait
         return [self._results[number] for number in range(start, end)]
 
     def _read(self, references: list[Any]) -> list[PreferenceBatch]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from learners.packed import Way, can_share, run_base_model
 from orchestrator.batching import pack_sequences
@@ -104,6 +105,7 @@ class ChunkedLogprobs(torch.autograd.Function):
         return chosen - normalizer, log_collision
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of hidden, weight and bias, in their dtypes."""
         hidden, weight, bias, targets, normalizer, *kept = ctx.saved_tensors

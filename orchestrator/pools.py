@@ -21,7 +21,14 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import ray
 
 from orchestrator.dispatch import Dispatch
-from orchestrator.errors import ActorLostError, ActorStartError, DeadlineError, PoolError, WeightsLostError
+from orchestrator.errors import (
+    ActorLostError,
+    ActorStartError,
+    DeadlineError,
+    PoolError,
+    UnsettledError,
+    WeightsLostError,
+)
 from orchestrator.events import EventKind, ignore
 from orchestrator.remote import fetch
 from orchestrator.slots import Slot, told
@@ -206,6 +213,13 @@ class ActorPool(Generic[Work, Result]):
             forget(actor)
             self._emit(told(slot, EventKind.LOST, f"{slot} died: {doing}. Last words: {error}"))
 
+    def vacate(self, actors: Sequence[Any], why: Exception) -> None:
+        """Has actors that live do nothing until `on_start` has brought them up to date again."""
+        with self.still:
+            for slot in self.living:
+                if any(slot.actor is actor for actor in actors):
+                    self._vacate(slot, why)
+
     def forgive(self, deaths: int) -> None:
         """Gives deaths back to the restart budget: those that a piece of work is to blame for."""
         with self.still:
@@ -340,7 +354,7 @@ class ActorPool(Generic[Work, Result]):
         self._vacant[slot.index] = slot
         if not is_told:
             slot.vacated_at = time.monotonic()
-            hint = "" if isinstance(why, ActorLostError) else f". Is a machine gone? {why}"
+            hint = "" if isinstance(why, (ActorLostError, UnsettledError)) else f". Is a machine gone? {why}"
             text = f"work of {slot.name} goes to whoever is idle until its new actor is up{hint}"
             self._emit(told(slot, EventKind.MOVED, text))
 

@@ -1,12 +1,14 @@
 """`<run>/profile.jsonl`: what each actor of a run did when; `agon profile` draws it.
 
-One JSON object a line: `actor`, `role`, and `spans`, each [kind of work, start in seconds since the epoch, seconds]. It
-is a help for people and nothing counts on it: spans of an actor that died before it was asked are missing.
+One JSON object a line: `actor`, `role`, `since` and `until`, between which it was there, and `spans`, each [kind of
+work, start, seconds]; times are seconds since the epoch. It is a help for people and nothing counts on it: spans of an
+actor that died before it was asked are missing, and one that came in between counts as there since the last time.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -38,6 +40,8 @@ class Profile:
         if self._path.exists():
             cut_torn_line(self._path)
         self._owed: dict[Any, Peer] = {}
+        self._noted = time.time()
+        """Until when."""
 
     def note(self) -> None:
         """Asks every actor that is up for its spans, and writes them."""
@@ -48,19 +52,19 @@ class Profile:
         if not self._owed:
             return
         answered, _ = ray.wait(list(self._owed), num_returns=len(self._owed), timeout=_ANSWER_S)
-        lines = [self._line(self._owed.pop(ref), ref) for ref in answered]
+        since, self._noted = self._noted, time.time()
+        lines = [self._line(self._owed.pop(ref), ref, since) for ref in answered]
         with self._path.open("a", encoding="utf-8") as file:
             file.writelines(line for line in lines if line)
 
-    def _line(self, peer: Peer, ref: Any) -> str:
+    def _line(self, peer: Peer, ref: Any, since: float) -> str:
         try:
             spans: list[Span] = ray.get(ref)
         except DEATHS:
             return ""  # whoever waits for its work notices; here nothing is lost but a picture
-        if not spans:
-            return ""
         rows = [[span.what, span.start, span.seconds] for span in spans]
-        return dump_json({"actor": peer.name, "role": peer.role, "spans": rows}) + "\n"
+        told = {"actor": peer.name, "role": peer.role, "since": since, "until": self._noted, "spans": rows}
+        return dump_json(told) + "\n"
 
 
 def read_profile(run_dir: Path) -> list[dict[str, Any]]:

@@ -33,6 +33,8 @@ class Publisher:
         self._current: Publication | None = None
         self._shares = True
         """Whether the learner's memory is tried; not any more once it lived and nobody could read it."""
+        self._bare: list[Any] = []
+        """Generators that were started during a publication, which is to give them their first weights."""
         roles.generators.on_start = self._bring_up_to_date
 
     @property
@@ -56,11 +58,12 @@ class Publisher:
             UnsettledError: the learner died that held them.
         """
         with self._roles.generators.still:
-            before = self._current
+            before, self._bare = self._current, []
             try:
                 version = self._roles.learner.surviving(lambda: self._publish(number))
-            except UnsettledError:
+            except UnsettledError as error:
                 self._current = before  # whoever is started now has to wait for the next ones
+                self._roles.generators.vacate(self._bare, error)  # and so has who was started meanwhile
                 raise
             self._roles.learner.now_at(number)
         self._accounts.publish(version, iteration)
@@ -97,16 +100,18 @@ class Publisher:
 
     def _send(self, number: int, *, share: bool) -> Publication:
         learner, generators = self._roles.learner, self._roles.generators
-        # Whoever died since they were asked last is replaced before: NCCL waits for all whom it was told of. Bytes are
-        # laid out for all, which takes no receiver, meanwhile; where a new one is decides whether it can read them.
-        if self._is_sent:
+        # Whoever died since they were asked last is replaced before: NCCL waits for all whom it was told of, and who is
+        # brought up to date may have it all published anew. Bytes that are to replace what there is are laid out
+        # meanwhile: that takes no receiver. Where a new one is decides whether it can read them.
+        before = self._is_sent or self._current is not None
+        if before:
             self._replace_dead()
         while True:
             nodes = generators.nodes
             publishing = learner.actor.publish.remote(
                 number, generators.actors, nodes if share else None, self._deadline_s
             )
-            if not self._is_sent:
+            if not before:
                 self._replace_dead()
             publication: Publication = fetch(
                 publishing,
@@ -132,6 +137,7 @@ class Publisher:
         """
         current, learner = self._current, self._roles.learner
         if current is None:
+            self._bare.append(actor)
             return
         try:
             if not current.is_packed:

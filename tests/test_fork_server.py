@@ -23,7 +23,8 @@ import torch
 print(json.dumps({
     "loaded": loaded, "arguments": sys.argv, "path": sys.path[0], "folder": os.getcwd(), "name": __name__,
     "threads": torch.get_num_threads(), "colour": os.environ["COLOUR"], "parent": os.getppid(),
-    "draws": [random.random(), np.random.random()], "children": signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL,
+    "draws": [random.random(), np.random.random(), torch.rand(1).item()],
+    "children": signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL,
     "ray": "ray" in sys.modules, "group": os.getpgrp() - os.getpid(),
 }))
 print("on stderr", file=sys.stderr)
@@ -65,7 +66,7 @@ def test_a_fork_finds_what_a_python_finds(client, script, tmp_path):
     assert fork["parent"] == other["parent"] != os.getpid(), "both are children of the server"
     assert [fork["folder"], fork["colour"], fork["threads"]] == [str(tmp_path), "blue", 2]
     assert fork["group"] == 0, "Ray ends the group of a worker that died"
-    assert len({one["draws"][place] for one in (fork, other) for place in (0, 1)}) == 4, "generators are their own"
+    assert len({one["draws"][place] for one in (fork, other) for place in (0, 1, 2)}) == 6, "generators are their own"
     for own in ("loaded", "parent", "draws", "group"):
         del plain[own], fork[own]
     assert fork == plain

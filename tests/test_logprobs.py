@@ -240,6 +240,16 @@ def test_chunked_logprobs_with_gradients(rows, vocabulary, chunk, bias, kept_byt
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 20])
+def test_a_second_derivative_is_refused(kept_bytes):
+    """It would lack what the kept logits depend on."""
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(8, 4, requires_grad=True)
+    logprobs, _ = ChunkedLogprobs.apply(hidden, weight, None, torch.tensor([0, 1, 2]), 4, False, kept_bytes)
+    (slope,) = torch.autograd.grad((logprobs * logprobs).sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+
+
 def test_logits_are_kept_where_they_are_few(monkeypatch):
     """A product a chunk in the forward pass; in the backward pass two, and a third where they are computed again."""
     made = []

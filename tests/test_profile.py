@@ -1,6 +1,7 @@
 """Where time went: spans add up, waiting is what no span covers, and a run can be drawn from its folder."""
 
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -78,7 +79,7 @@ def test_what_was_collected_ahead_hides_no_stage_of_the_iterations_before():
 @given(STRETCHES)
 def test_work_and_waiting_make_up_the_stages(spans):
     stages = [("collect", 0, 20), ("train", 20, 50)]
-    shares = _shares(spans, stages)
+    shares = _shares(spans, stages, [(0, 50)])
     covered = {second for _, start, end in spans for second in range(start, end)}
     for stage, start, end in stages:
         assert shares["waiting"].get(stage, 0) == len(set(range(start, end)) - covered)
@@ -96,6 +97,7 @@ def run_dir(tmp_path):
         {"actor": "generator-0", "role": "generator", "spans": [["decode", 1000, 6.0]]},
         {"actor": "learner", "role": "learner", "spans": [["step", 1008, 1.0], ["step", 1009, 1.0]]},
     ]
+    lines = [line | {"since": 1000, "until": 1010} for line in lines]
     (tmp_path / FILE_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"actor": "torn')
     return tmp_path
 
@@ -115,11 +117,36 @@ def test_a_run_is_drawn(run_dir):
 
 
 def test_while_a_run_is_down_nobody_waits():
-    lines = _timeline([("collect", 0.0, 24.0), ("train", 72.0, 96.0)], {"learner": [("step", 72.0, 96.0)]})
-    assert lines[1:3] == [
-        f"stage    {'c' * 24}{' ' * 48}{'t' * 24}",
-        f"learner  {'.' * 24}{' ' * 48}{'S' * 24}",
+    stages, work = [("collect", 0.0, 45.5), ("train", 50.0, 95.5)], {"learner": [("step", 50.0, 95.5)]}
+    lines = _timeline(stages, work, {"learner": [(0.0, 95.5)]})
+    assert lines[0] == "the last 95.5 s, a column 0.99 s"
+    assert [line[9:].replace(" ", "_") for line in lines[1:3]] == [
+        f"{'c' * 46}{'_' * 4}{'t' * 46}",
+        f"{'.' * 46}{'_' * 4}{'S' * 46}",
     ]
+
+
+@pytest.mark.parametrize("days", [1, 100])
+def test_a_run_that_was_resumed_days_later_can_still_be_read(days):
+    """100 s in stages: 5 s are left of the pause."""
+    later = 86_400.0 * days
+    stages, work = (
+        [("collect", 0.0, 50.0), ("train", later, later + 50.0)],
+        {"learner": [("step", later, later + 50.0)]},
+    )
+    lines = _timeline(stages, work, {"learner": [(0.0, later + 50.0)]})
+    left_out = later - 55
+    assert lines[0] == f"the last 105.0 s, a column 1.1 s, without {left_out:.0f} s in which the run was down"
+    assert re.fullmatch(r"stage    c{45,46} {4,5}t{45,46}", lines[1])
+
+
+def test_who_was_not_there_did_not_wait():
+    """A third engine after a resume."""
+    stages = [("collect", 0.0, 48.0), ("collect", 48.0, 96.0)]
+    work, there = {"generator-2": [("decode", 72.0, 96.0)]}, [(48.0, 96.0)]
+    assert _shares(work["generator-2"], stages, there)["waiting"] == {"collect": 24.0}
+    row = _timeline(stages, work, {"generator-2": there})[2]
+    assert row == f"generator-2  {' ' * 48}{'.' * 24}{'d' * 24}"
 
 
 def test_what_has_noted_nothing_is_said(run_dir):

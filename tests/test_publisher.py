@@ -9,9 +9,11 @@ import ray
 
 from conf.schema import ClusterConfig
 from orchestrator.errors import ActorLostError, UnsettledError, WeightsLostError
+from orchestrator.pools import ActorPool
 from orchestrator.publisher import Publisher
 from orchestrator.rollouts import Roles
 from orchestrator.shared_memory import SharedSlots
+from orchestrator.stacks import Observable
 from orchestrator.types import PolicyVersion
 from orchestrator.weights import Probe, Publication
 
@@ -60,6 +62,9 @@ class Pool:
     def __init__(self):
         self.still = RLock()
         self.actors, self.nodes = [ray.remote(num_cpus=0)(FakeGenerator).remote()], ["node"]
+
+    def vacate(self, actors, why):
+        assert not actors
 
     def broadcast(self, call, *, what, deadline_s, knob):
         from orchestrator.remote import fetch
@@ -112,6 +117,60 @@ def test_weights_are_laid_where_a_generator_reads_them_that_took_the_place_of_a_
     pool.broadcast = replace
     assert publisher.publish(1, 1).number == 1
     assert ray.get(learner.asked_for.remote()) == [["node"], ["node", "other"]]
+
+
+class HoldingGenerator(Observable):
+    """Knows which weights it has."""
+
+    holds = None
+
+    def update_weights(self, published, deadline_s):
+        self.holds = published.version.number
+
+    def ready(self):
+        return os.getpid()
+
+    def die(self):
+        os._exit(1)
+
+    def work(self, items):
+        return [self.holds for _ in items]
+
+
+def test_a_generator_that_was_started_while_the_learner_died_does_not_work_without_weights(ray_cluster):
+    """Both died, and with the learner what was published: nothing is left for who took the generator's place."""
+
+    def start(index):
+        return ray.remote(num_cpus=0)(HoldingGenerator).options(max_concurrency=2).remote()
+
+    pool = ActorPool(role="generator", make=start, num_actors=2, restarts=3, start_deadline_s=30)
+    pool.wait_ready()
+    learner = Learning(ray.remote(num_cpus=0)(FakeLearner).remote(False))
+    publisher = Publisher(Roles(generators=pool, scorers={}, judges=None, learner=learner), Accounts(), ClusterConfig())
+
+    def held():
+        return set(pool.map(lambda actor, items: actor.work.remote(items), [0] * 4, what="w", deadline_s=30, knob="k"))
+
+    def die_ahead(action):
+        learner.actor.die.remote()
+        try:
+            return action()
+        except ActorLostError as error:
+            learner.has_moved = True
+            raise UnsettledError("the learner died") from error
+
+    publisher.publish(1, 1)
+    assert held() == {1}
+    pool.actors[0].die.remote()
+    learner.surviving = die_ahead
+    with pytest.raises(UnsettledError):
+        publisher.publish(2, 2)
+    assert held() == {1}, "by the other one"
+    learner.actor = ray.remote(num_cpus=0)(FakeLearner).remote(False)
+    learner.surviving = lambda action: action()
+    publisher.publish(3, 3)
+    assert held() == {3}
+    assert len(pool.actors) == 2
 
 
 @pytest.mark.parametrize("transport", ["object_store", "nccl"])
