@@ -1,4 +1,4 @@
-"""Who judges, as a configuration has it: which kinds, with whose engines, and what that reserves."""
+"""Who judges, as a configuration has it: which kinds, and with whose engines."""
 
 from __future__ import annotations
 
@@ -72,18 +72,6 @@ def asks_policy(config: Config) -> bool:
         or "implicit" in judge_kinds(config)
         or (asks_reader(config) and not reads_with_own(config))
     )
-
-
-_MOST = 10**9
-
-
-def cpus_needed(config: Config) -> float:
-    """Logical CPUs that all actors reserve."""
-    generator, scorer = config.generator, config.scorer
-    engines = generator.num_actors + (config.judge.num_actors if has_own_judge(config) else 0)
-    scorers = len(pooled_kinds(config)) * scorer.num_actors
-    engines, scorers = min(engines, _MOST), min(scorers, _MOST)  # more are refused, and fit in no float
-    return config.learner.cpus + engines * generator.cpus_per_actor + scorers * scorer.cpus_per_actor
 
 
 def needs_main_thread(config: Config) -> bool:

@@ -7,9 +7,10 @@ from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from conf.judging import TRAINED_KINDS, compares, cpus_needed, judge_kinds, needs_main_thread, own_language_model
+from conf.judging import TRAINED_KINDS, compares, judge_kinds, needs_main_thread, own_language_model
 from conf.objectives import OBJECTIVES, PAIR_LABELS, needs_reference
 from conf.pipeline import grows_old
+from conf.roles import cpus_needed
 from orchestrator.errors import ConfigError
 
 if TYPE_CHECKING:

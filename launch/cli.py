@@ -107,6 +107,23 @@ def show_config(
         echo(annotated(settings))
 
 
+@app.command(cls=Guided)
+def plan(
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="The GPU that roles with GPUs would use.")] = "H100",
+    as_json: Annotated[bool, typer.Option("--json", help="One object.")] = False,
+) -> None:
+    """Print what a run would take of cores, devices and memory, and what it would wait for.
+
+    Starts and writes nothing. A folder with nothing but a config.json will do for model.path.
+    """
+    from conf.compose import compose
+    from launch.plan import plan as describe
+
+    echo(describe(compose(overrides or [], config), gpu=gpu, as_json=as_json))
+
+
 @app.command()
 def recipes() -> None:
     """List the recipes with what they follow."""

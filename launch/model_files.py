@@ -35,6 +35,10 @@ _SAMPLE, _SAMPLES = 1 << 16, 256  # bytes, and how many of them
 _READ_WHOLE = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 
 
+TINY_VOCABULARY = 32
+"""Roughly; `launch.tiny` has the exact one, behind an import of transformers."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
     """Sizes that decide what a model costs.
@@ -155,7 +159,7 @@ def inspect_model(folder: Path) -> ModelShape:
     num_parameters = 0
     complaints = []
     try:
-        config = _read_config(folder)
+        config = read_config(folder)
     except ModelError as error:
         complaints.append(str(error))
     try:
@@ -169,10 +173,11 @@ def inspect_model(folder: Path) -> ModelShape:
         )
     if complaints:
         raise ModelError("\n".join(complaints))
-    return _shape(folder / "config.json", config, num_parameters)
+    return shape_of(folder / "config.json", config, num_parameters)
 
 
-def _read_config(folder: Path) -> Mapping[str, Any]:
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """The `config.json` of a causal language model. Raises ModelError: there is none, or it is of something else."""
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(f"{path}: no such file: model.path must name a folder in the Hugging Face layout")
@@ -249,8 +254,8 @@ def _no_weights(folder: Path) -> str:
     return f"{folder}: no weights (model.safetensors, or model.safetensors.index.json with its shards)"
 
 
-def _shape(path: Path, config: Mapping[str, Any], num_parameters: int) -> ModelShape:
-    """Sizes under the names that model families give them; 0 where none is known."""
+def shape_of(path: Path, config: Mapping[str, Any], num_parameters: int) -> ModelShape:
+    """Sizes under the names that model families give them, in the `config.json` at `path`; 0 where none is known."""
     part = config.get("text_config") or {}
     if not isinstance(part, dict):
         raise ModelError(f"{path}: text_config is {part!r}, expected an object")

@@ -14,7 +14,8 @@ import ray
 
 from actors.generator import Generator
 from actors.scorer import ScorerActor
-from conf.judging import cpus_needed, has_own_judge, own_language_model, pooled_kinds
+from conf.judging import has_own_judge, own_language_model, pooled_kinds
+from conf.roles import cpus_needed
 from launch.children import children, end_children
 from launch.environment import KEEPS_MEMORY, QUIET, threads
 from launch.fork_server import forked

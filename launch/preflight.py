@@ -20,7 +20,7 @@ from conf.compose import CONFIG_FILE
 from conf.judging import judge_kinds, own_language_model, pooled_kinds
 from conf.validate import validate
 from launch.machines import existing_parent, this_machine
-from launch.model_files import find_model, inspect_model, read_shapes, tiny_shape
+from launch.model_files import TINY_VOCABULARY, find_model, inspect_model, read_shapes, tiny_shape
 from launch.resources import check_resources
 from launch.resuming import check_resumable
 from launch.seeds import load_seeds
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-TINY_VOCABULARY = 32
-"""Roughly; `launch.tiny` has the exact one, behind an import of transformers."""
 MAX_RENDERED = 10_000
 """Prompts that are rendered and tokenized, longest text first. The rest are if one of these is too long; else they are
 checked when they are drawn."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from conf.judging import TRAINED_KINDS, has_own_judge, own_language_model, pooled_kinds
+from conf.roles import gpus_needed, roles
 from launch import machines
 from launch.model_files import count_parameters, find_model, inspect_model
 from orchestrator.errors import ResourceError
@@ -38,15 +39,22 @@ ROLLOUT_BYTES_PER_TOKEN = 12
 class Need:
     """One row of a plan.
 
-    Example: ``Need(role="generator", what="2 x generator: weights in float32", bytes=6_400_000)``
+    Example: ``Need(role="generator", what="2 x generator: weights in float32", each=3_200_000, count=2)``
     """
 
     role: str
     what: str
-    bytes: int
+    each: int
+    """Bytes."""
+    count: int = 1
     keys: tuple[str, ...] = ()
     """Keys that make it smaller."""
     on_gpu: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Of all of them together."""
+        return self.count * self.each
 
 
 def memory_plan(config: Config, shape: ModelShape) -> list[Need]:
@@ -56,28 +64,31 @@ def memory_plan(config: Config, shape: ModelShape) -> list[Need]:
     smaller_cache = "generator.max_num_seqs" if generator.kind == "transformers" else "generator.kv_cache_mb"
     store = config.cluster.object_store_mb * MIB
     return [
-        Need(role="ray", what="Ray: processes", bytes=RAY_OVERHEAD),
-        Need(role="ray", what="Ray: object store", bytes=store, keys=("cluster.object_store_mb",)),
-        Need(role="controller", what="controller: process", bytes=CONTROLLER_OVERHEAD),
+        Need(role="ray", what="Ray: processes", each=RAY_OVERHEAD),
+        Need(role="ray", what="Ray: object store", each=store, keys=("cluster.object_store_mb",)),
+        Need(role="controller", what="controller: process", each=CONTROLLER_OVERHEAD),
         *_scorers(config),
         *_judge_engines(config, shape),
         Need(
             role="generator",
             what=f"{engines} x generator: process",
-            bytes=engines * ENGINE_OVERHEAD[generator.kind],
+            each=ENGINE_OVERHEAD[generator.kind],
+            count=engines,
             keys=("generator.num_actors",),
         ),
         Need(
             role="generator",
             what=f"{engines} x generator: weights in {config.model.dtype}",
-            bytes=engines * shape.num_parameters * BYTES[config.model.dtype],
+            each=shape.num_parameters * BYTES[config.model.dtype],
+            count=engines,
             keys=("generator.num_actors", "model.dtype"),
             on_gpu=on_gpu,
         ),
         Need(
             role="generator",
             what=f"{engines} x generator: KV cache",
-            bytes=engines * _kv_cache(config, shape),
+            each=_kv_cache(config, shape),
+            count=engines,
             keys=("generator.num_actors", "model.max_length" if on_gpu else smaller_cache),
             on_gpu=on_gpu,
         ),
@@ -91,10 +102,8 @@ def _scorers(config: Config) -> list[Need]:
     for kind in pooled_kinds(config):
         trained = kind in TRAINED_KINDS
         each = (LEARNER_OVERHEAD if trained else SCORER_OVERHEAD) + (_judge_bytes(config) if trained else 0)
-        name = "scorer" if kind == "verifier" else kind
-        needs.append(
-            Need(role="scorer", what=f"{count} x {name}: process", bytes=count * each, keys=("scorer.num_actors",))
-        )
+        keys = ("scorer.num_actors",)
+        needs.append(Need(role=kind, what=f"{count} x {kind}: process", each=each, count=count, keys=keys))
     return needs
 
 
@@ -118,13 +127,15 @@ def _judge_engines(config: Config, shape: ModelShape) -> list[Need]:
         Need(
             role="judge",
             what=f"{count} x judge: process",
-            bytes=count * ENGINE_OVERHEAD[kind],
+            each=ENGINE_OVERHEAD[kind],
+            count=count,
             keys=("judge.num_actors",),
         ),
         Need(
             role="judge",
             what=f"{count} x judge: weights in {dtype} and KV cache",
-            bytes=count * size,
+            each=size,
+            count=count,
             keys=("judge.num_actors", "judge.engine=policy"),
             on_gpu=on_gpu,
         ),
@@ -147,24 +158,24 @@ def _learner(config: Config, shape: ModelShape) -> list[Need]:
     logits += min(learner.logits_mb * MIB, tokens * shape.vocab_size * 4)  # at most: kept, beside a chunk
     activations = tokens * values * BYTES[config.model.dtype] + logits
     return [
-        Need(role="learner", what="learner: process", bytes=LEARNER_OVERHEAD),
+        Need(role="learner", what="learner: process", each=LEARNER_OVERHEAD),
         Need(
             role="learner",
             what="learner: fp32 weights, gradients and Adam (16 B a parameter)",
-            bytes=shape.num_parameters * (16 + cast),
+            each=shape.num_parameters * (16 + cast),
             on_gpu=on_gpu,
         ),
         Need(
             role="learner",
             what="learner: reference and initial weights" if initial_too else "learner: reference weights",
-            bytes=snapshots * shape.num_parameters * 4,
+            each=snapshots * shape.num_parameters * 4,
             keys=("evaluation.kl_prompts=0",) if initial_too else (),
             on_gpu=on_gpu,
         ),
         Need(
             role="learner",
             what=f"learner: activations of {tokens} tokens",
-            bytes=activations,
+            each=activations,
             keys=("learner.micro_batch_tokens", "learner.activation_checkpointing=full"),
             on_gpu=on_gpu,
         ),
@@ -204,12 +215,16 @@ def disk_plan(config: Config, shape: ModelShape) -> list[Need]:
     rollouts = completions * generator.max_tokens * ROLLOUT_BYTES_PER_TOKEN
     return [
         Need(
-            role="run folder", what=f"{kept} checkpoints", bytes=kept * checkpoint, keys=("pipeline.keep_checkpoints",)
+            role="run folder",
+            what=f"{kept} checkpoints",
+            each=checkpoint,
+            count=kept,
+            keys=("pipeline.keep_checkpoints",),
         ),
         Need(
             role="run folder",
             what=f"rollouts: {completions} completions",
-            bytes=rollouts,
+            each=rollouts,
             keys=("pipeline.prompts_per_iteration", "generator.samples_per_prompt"),
         ),
     ]
@@ -258,16 +273,13 @@ def _too_little(what: str, needed: int, free: int, needs: list[Need], place: str
 
 
 def _gpu_complaints(config: Config, plan: list[Need], machine: Machine) -> list[str]:
-    generator, learner, judge = config.generator, config.learner, config.judge
-    judges = judge.num_actors if has_own_judge(config) else 0
-    judges += config.scorer.num_actors * len(set(pooled_kinds(config)) & set(TRAINED_KINDS))
-    needed = generator.num_actors * generator.gpus_per_actor + learner.gpus + judges * judge.gpus_per_actor
+    generator, learner = config.generator, config.learner
+    needed = gpus_needed(config)
     if needed > len(machine.gpus):
-        of_judges = f", {judges} x judge.gpus_per_actor={judge.gpus_per_actor:g}" if judges else ""
+        parts = [f"{role.count} x {role.gpus_key}={role.gpus:g}" for role in roles(config) if role.gpus]
         return [
-            f"the plan needs {needed:g} GPUs (learner.gpus={learner.gpus:g}, generator.num_actors="
-            f"{generator.num_actors} x generator.gpus_per_actor={generator.gpus_per_actor:g}{of_judges}), this machine"
-            f" has {len(machine.gpus)}: lower these, or name a cluster in cluster.address"
+            f"the plan needs {needed:g} GPUs ({', '.join(parts)}), this machine has {len(machine.gpus)}: lower these,"
+            " or name a cluster in cluster.address"
         ]
     complaints = []
     for role, share in (
