@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conf.roles import roles
@@ -15,8 +17,6 @@ from launch.resources import disk_plan, gib, memory_plan, table
 from orchestrator.errors import ModelError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from conf.schema import Config
     from launch.devices import Device
     from launch.estimate import Work
@@ -104,10 +104,26 @@ def planned_shape(config: Config) -> ModelShape:
     """
     if config.model.kind == "tiny":
         return tiny_shape(config.model, TINY_VOCABULARY)
-    folder = find_model(config.model.path or "")
+    folder = _find_described(config.model.path or "")
     described = read_config(folder)
     stored = any(folder.glob("*.safetensors"))
     return shape_of(folder / "config.json", described, count_parameters(folder) if stored else _count_described(folder))
+
+
+def _find_described(path: str) -> Path:
+    """The folder of a model, or of what the cache has of a hub id: a plan is no reason to fetch 140 GB of weights."""
+    if Path(path).is_dir():
+        return find_model(path)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    with suppress(HFValidationError):
+        if isinstance(cached := try_to_load_from_cache(path, "config.json"), str):
+            return Path(cached).parent
+    raise ModelError(
+        f"model.path={path}: no such folder, and no hub model of that name in the cache. For a plan its config.json is"
+        f" enough: hf download {path} config.json --local-dir DIR, and model.path=DIR"
+    )
 
 
 def _count_described(folder: Path) -> int:
@@ -124,10 +140,18 @@ def _count_described(folder: Path) -> int:
 
 
 def _layout_table(rows: list[Row], device: Device) -> str:
-    head = ("role", "actors", "cpus each", "gpus each", "host memory each", f"on {device.name} each")
+    uses_gpus = any(row.gpus for row in rows)
+    head = (
+        "role",
+        "actors",
+        "cpus each",
+        "gpus each",
+        "host memory each",
+        f"on {device.name} each" if uses_gpus else "",
+    )
     lines = [head]
     for row in rows:
-        on_gpu = gib(row.gpu_bytes) if row.gpus else "-"
+        on_gpu = gib(row.gpu_bytes) if row.gpus else "-" * uses_gpus
         lines.append((row.role, str(row.actors), f"{row.cpus:g}", f"{row.gpus:g}", gib(row.host_bytes), on_gpu))
     cpus, gpus = (sum(row.actors * getattr(row, kind) for row in rows) for kind in ("cpus", "gpus"))
     host = sum(row.actors * row.host_bytes for row in rows)

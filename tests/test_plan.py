@@ -90,6 +90,12 @@ def test_a_config_alone_is_a_model_to_plan_with(folder, tmp_path):
     assert described == inspect_model(folder)
 
 
+def test_a_hub_id_is_not_fetched(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    with pytest.raises(ModelError, match=r"hf download some/model config\.json --local-dir DIR"):
+        planned_shape(of("some/model"))
+
+
 def test_a_config_that_no_model_is_made_of(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard_of", "architectures": ["XForCausalLM"]}))
     with pytest.raises(ModelError, match=r"config\.json: transformers makes no model of it: .*unheard_of"):
