@@ -19,7 +19,7 @@ class Role:
     """Actors that are alike.
 
     Example: ``Role(name="generator", count=2, cpus=1, gpus=1, count_key="generator.num_actors",
-    cpus_key="generator.cpus_per_actor", gpus_key="generator.gpus_per_actor")``
+    gpus_key="generator.gpus_per_actor")``
     """
 
     name: str
@@ -28,7 +28,6 @@ class Role:
     """Logical cores that each reserves."""
     gpus: float
     """GPUs that each reserves."""
-    cpus_key: str
     count_key: str | None = None
     """None: there is one."""
     gpus_key: str | None = None
@@ -44,7 +43,6 @@ def roles(config: Config) -> tuple[Role, ...]:
             count=1,
             cpus=learner.cpus,
             gpus=learner.gpus,
-            cpus_key="learner.cpus",
             gpus_key="learner.gpus",
         ),
         Role(
@@ -52,7 +50,6 @@ def roles(config: Config) -> tuple[Role, ...]:
             count=min(generator.num_actors, _MOST),
             cpus=generator.cpus_per_actor,
             gpus=generator.gpus_per_actor,
-            cpus_key="generator.cpus_per_actor",
             count_key="generator.num_actors",
             gpus_key="generator.gpus_per_actor",
         ),
@@ -65,7 +62,6 @@ def roles(config: Config) -> tuple[Role, ...]:
                 count=min(scorer.num_actors, _MOST),
                 cpus=scorer.cpus_per_actor,
                 gpus=judge.gpus_per_actor if trained else 0,
-                cpus_key="scorer.cpus_per_actor",
                 count_key="scorer.num_actors",
                 gpus_key="judge.gpus_per_actor" if trained else None,
             )
@@ -77,7 +73,6 @@ def roles(config: Config) -> tuple[Role, ...]:
                 count=min(judge.num_actors, _MOST),
                 cpus=generator.cpus_per_actor,
                 gpus=judge.gpus_per_actor,
-                cpus_key="generator.cpus_per_actor",
                 count_key="judge.num_actors",
                 gpus_key="judge.gpus_per_actor",
             )

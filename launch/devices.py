@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from launch.resources import GIB
 from orchestrator.errors import ConfigError
 
-GIB, TERA, GIGA = 1 << 30, 10**12, 10**9
+TERA, GIGA = 10**12, 10**9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -276,7 +276,11 @@ def _gpu_complaints(config: Config, plan: list[Need], machine: Machine) -> list[
     generator, learner = config.generator, config.learner
     needed = gpus_needed(config)
     if needed > len(machine.gpus):
-        parts = [f"{role.count} x {role.gpus_key}={role.gpus:g}" for role in roles(config) if role.gpus]
+        parts = [
+            f"{role.count_key}={role.count} x " * (role.count_key is not None) + f"{role.gpus_key}={role.gpus:g}"
+            for role in roles(config)
+            if role.gpus
+        ]
         return [
             f"the plan needs {needed:g} GPUs ({', '.join(parts)}), this machine has {len(machine.gpus)}: lower these,"
             " or name a cluster in cluster.address"

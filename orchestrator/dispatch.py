@@ -11,7 +11,8 @@ What is done costs as much as there is of it, whoever else is in the pool: only 
 changed, and answers that come close together are taken together.
 
 A key is set aside only when it was alone with a worker that died by itself, having just shown that it lives. Where a
-node was lost or an actor could not be reached, nothing is held against the work.
+node was lost or an actor could not be reached, nothing is held against the work. A long file, since all of that turns
+on one state.
 """
 
 from __future__ import annotations
